@@ -1,0 +1,872 @@
+"""What is not the lesson: the sampler's formulas, a pipeline with LoRA, the command line and the run folder.
+
+The first part is pure functions that can be copied anywhere; the scripts and tests import this file, and it imports
+none of them. Notation as in the papers: sigma in [0, 1] is the noise level (1 noise, 0 image), x_sigma =
+(1 - sigma) x0 + sigma eps, velocity = eps - x0, s a noise scale, Delta = sigma - sigma_next. [FG] is Flow-GRPO
+(arXiv 2505.05470), [DG] DanceGRPO (2505.07818).
+"""
+
+import dataclasses
+import fcntl
+import hashlib
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers.hf_argparser import HfArgumentParser
+
+TINY = Path(__file__).resolve().parent / "tests" / "tiny"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class StopRun(Exception):
+    """A clear end: one line for the user and an exit status (2: bad input, 1: the run cannot go on)."""
+
+    def __init__(self, message, exit_status=2):
+        super().__init__(message)
+        self.exit_status = exit_status
+
+
+# ---------------------------------------------------------------- the sampler
+
+
+def noise_scale(sigmas, kind, level):
+    """Noise scale s of every stochastic step.
+
+    sigmas: (T + 1,) from 1 down to 0. kind: "flow", s = level sqrt(sigma / (1 - sigma)) [FG] eq. 9, with sigma_1 inside
+    the root where sigma = 1; or "dance", s = level [DG]. Returns (T - 1,): the last step is an ODE step.
+    """
+    if kind == "dance":
+        return torch.full_like(sigmas[:-2], level)
+    inner = torch.where(sigmas == 1, sigmas[1], sigmas)
+    return level * (sigmas / (1 - inner)).sqrt()[:-2]
+
+
+def sde_mean_std(x, velocity, sigma, sigma_next, s):
+    """Mean and standard deviation of one SDE step with the ODE's marginals, for any noise scale s >= 0 [FG] eq. 9.
+
+    x, velocity: (B, ...) latents and velocity at sigma; sigma, sigma_next, s: numbers or (B,) tensors. Returns mean
+    like x and std as (B or 1, 1, ...), both float32. With s = 0 the mean is the ODE's Euler step, exactly.
+    """
+    x, velocity = x.float(), velocity.float()
+    sigma, sigma_next, s = (
+        torch.as_tensor(value, dtype=torch.float32, device=x.device).view(-1, *[1] * (x.dim() - 1))
+        for value in (sigma, sigma_next, s)
+    )
+    delta = sigma - sigma_next
+    drift = s**2 * delta / (2 * sigma)
+    mean = (x - velocity * delta) - drift * (x + velocity * (1 - sigma))
+    return mean, s * delta.sqrt()
+
+
+def log_prob(x, mean, std):
+    """Log-density of x under a Gaussian, AVERAGED over the latent's dimensions: (B, ...) -> (B,), float32.
+
+    The sum is the true log-probability of the step. Every published implementation takes the mean instead, which makes
+    ratios independent of the resolution, and is the reason why clip ranges are 1e-5 to 1e-3 and not 0.2.
+    """
+    logp = -((x.float() - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
+    return logp.flatten(1).mean(1)
+
+
+def group_advantage(rewards, std="group", clip=5.0):
+    """A = (r - mean of the group) / (std + 1e-4), clipped to +-clip.
+
+    rewards: (..., G), a group in the last dimension. std: "group" [DG], or "batch" [FG], that of all rewards; both are
+    the population's (divided by the count). Returns advantages like rewards, and the share of groups without spread:
+    those have advantage 0 and teach nothing.
+    """
+    spread = rewards.std(-1, keepdim=True, correction=0)
+    centred = rewards - rewards.mean(-1, keepdim=True)
+    scale = spread if std == "group" else rewards.std(correction=0)
+    return (centred / (scale + 1e-4)).clamp(-clip, clip), (spread < 1e-6).float().mean().item()
+
+
+@torch.no_grad()
+def ode_sample(policy, x, text, owner, sigmas, tuned_share=1.0):
+    """Deterministic Euler sampling from x (B, ...) at sigmas[0], as at inference; text and owner as in velocity.
+
+    tuned_share < 1 is hybrid inference: the adapter is on for that first share of the steps only.
+    """
+    for step in range(len(sigmas) - 1):
+        if step == math.ceil(tuned_share * (len(sigmas) - 1)):
+            policy.transformer.disable_adapters()
+        velocity = policy.velocity_in_micro_batches(x, sigmas[step], text, owner)
+        x = x - (sigmas[step] - sigmas[step + 1]) * velocity
+    policy.transformer.enable_adapters()
+    return x
+
+
+# ---------------------------------------------------------------- the policy: a diffusers pipeline with a LoRA adapter
+
+
+class SD3:
+    """Stable Diffusion 3 and 3.5, and what every other family has to offer.
+
+    Another family is a class with the same names: the LoRA targets, encode, sigmas, latent_shape, predict, decode. It
+    goes into FAMILIES, under the class name in the repository's model_index.json.
+    """
+
+    # [FG]: the projections of both streams' attention
+    targets = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
+    max_sequence_length = 256  # T5 tokens: the pipeline's default, so that plain inference gives the same pictures
+
+    def __init__(self, pipe):
+        self.pipe = pipe
+
+    def encode(self, prompts):
+        """Text of B prompts: a list of tensors (B, ...), as the pipeline makes them."""
+        embeds, _, pooled, _ = self.pipe.encode_prompt(
+            prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
+        )
+        return [embeds, pooled]
+
+    def sigmas(self, steps, resolution):
+        """(steps + 1,) noise levels of the pipeline's scheduler, from 1 to 0."""
+        self.pipe.scheduler.set_timesteps(steps)
+        return self.pipe.scheduler.sigmas
+
+    def latent_shape(self, resolution):
+        size = resolution // self.pipe.vae_scale_factor
+        return (self.pipe.transformer.config.in_channels, size, size)
+
+    def predict(self, x, sigma, text, guidance):
+        """The transformer's velocity: x (B, C, H, W), sigma (B,), text as from encode. guidance is for FLUX."""
+        embeds, pooled = text
+        return self.pipe.transformer(x, embeds, pooled, sigma * 1000, return_dict=False)[0]
+
+    def decode(self, x):
+        """Latents (B, C, H, W) -> images (B, 3, H, W) in [0, 1]."""
+        vae = self.pipe.vae
+        image = vae.decode((x / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)).sample
+        return self.pipe.image_processor.postprocess(image, output_type="pt")
+
+
+FAMILIES = {"StableDiffusion3Pipeline": ("sd3", SD3)}
+
+
+def find_family(model):
+    """Which defaults a model takes ("tiny", "sd3"), and its pipeline's class name; StopRun where it is none of ours."""
+    from diffusers import DiffusionPipeline
+
+    folder = TINY if model == "tiny" else model
+    try:
+        name = DiffusionPipeline.load_config(str(folder))["_class_name"]
+    except Exception as error:  # diffusers and the hub raise many kinds here, all about not getting the file
+        if Path(model).exists():
+            raise StopRun(f"{model} is no diffusers pipeline (model_index.json is missing or broken); give its folder")
+        text = " ".join(str(error).split())
+        if "gated" in text.lower() or "401" in text:
+            raise StopRun(
+                f"{model} cannot be read; where it is gated, accept its licence on the page https://huggingface.co/"
+                f"{model} and log in with `hf auth login`; check the spelling too"
+            )
+        raise StopRun(f"model {model} is no folder here and cannot be fetched; check name and network ({text[:150]})")
+    if name not in FAMILIES:
+        raise StopRun(f"{model} is a {name}; this code knows {', '.join(FAMILIES)}")
+    return ("tiny" if Path(folder).resolve() == TINY else FAMILIES[name][0]), name
+
+
+class Policy:
+    """The model that is trained: a pipeline whose transformer has a LoRA adapter.
+
+    Only the adapter trains, in float32; all else is frozen, in args.dtype. `velocity` is the one way to the network,
+    for rollout, training, reference and evaluation alike.
+    """
+
+    def __init__(self, args):
+        import diffusers
+        from diffusers.training_utils import cast_training_params
+        from peft import LoraConfig
+
+        diffusers.utils.logging.set_verbosity_error()
+        folder = TINY if args.model == "tiny" else args.model
+        _, class_name = find_family(args.model)
+        family, pipe_class = FAMILIES[class_name][1], getattr(diffusers, class_name)
+        config = pipe_class.load_config(str(folder))
+        absent = {name: None for name, value in config.items() if isinstance(value, list) and value[0] is None}
+        try:  # weights as safetensors only, never a repository's own code
+            pipe = pipe_class.from_pretrained(
+                str(folder), dtype=DTYPES[args.dtype], use_safetensors=True, trust_remote_code=False, **absent
+            )
+        except (OSError, ValueError) as error:
+            raise StopRun(f"{args.model} cannot be loaded; {' '.join(str(error).split())[:300]}")
+        pipe.set_progress_bar_config(disable=True)
+        self.family, self.pipe, self.transformer = family(pipe), pipe, pipe.transformer
+        if Path(folder).resolve() == TINY:
+            self.family.max_sequence_length = 0  # trained without the zero tokens that stand for T5
+        self.device, self.guidance, self.micro_batch = torch.device(args.device), args.guidance, args.micro_batch
+        self.resolution = args.resolution
+        self.shape = self.family.latent_shape(args.resolution)
+        self.velocity_evals = 0
+
+        for part in (pipe.vae, pipe.transformer, *self.encoders()):
+            part.requires_grad_(False).eval()
+        pipe.vae.to(self.device)
+        pipe.transformer.to(self.device)
+        torch.manual_seed(args.seed)  # LoRA's A is random, its B is zero: the first policy is the base model
+        self.transformer.add_adapter(
+            LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=family.targets)
+        )
+        cast_training_params(self.transformer, torch.float32)
+        self.parameters = [p for p in self.transformer.parameters() if p.requires_grad]
+        if args.gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        if args.compile:
+            self.transformer.compile_repeated_blocks()
+
+    def encoders(self):
+        names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+        return [part for name in names if (part := getattr(self.pipe, name, None)) is not None]
+
+    @torch.no_grad()
+    def encode(self, prompts):
+        """Text embeddings of n prompts: a list of tensors (n + 1, ...), the last row for guidance's empty prompt.
+
+        The encoders visit the GPU for this and leave it; so memory does not grow with the number of prompts in a file.
+        """
+        for encoder in self.encoders():
+            encoder.to(self.device)
+        unique = list(dict.fromkeys([*prompts, ""]))
+        index = [unique.index(prompt) for prompt in [*prompts, ""]]
+        text = [
+            torch.cat(rows) for rows in zip(*(self.family.encode(unique[i : i + 8]) for i in range(0, len(unique), 8)))
+        ]
+        text = [rows[torch.tensor(index, device=rows.device)].to(self.device) for rows in text]
+        if self.device.type != "cpu":
+            for encoder in self.encoders():
+                encoder.to("cpu")
+            torch.cuda.empty_cache()
+        return text
+
+    def velocity(self, x, sigma, text, owner):
+        """Velocity at x, with classifier-free guidance if it is on: (B, ...) -> (B, ...) float32.
+
+        x: latents; sigma: a number or (B,); text: from encode; owner: (B,) which row of text each latent belongs to.
+        The batch is filled up to micro_batch rows with copies of its last, which are dropped again: matrix products
+        round differently for different shapes, and with one shape for all of them the log-probs of rollout and training
+        agree to the last bit. Counts velocity evaluations: one a latent, two with guidance; a backward counts twice.
+        """
+        count, fill = len(x), max(self.micro_batch - len(x), 0)
+        row = torch.cat([torch.arange(count), torch.full((fill,), count - 1)]).to(x.device)
+        owner = owner.to(x.device)[row]
+        x, sigma = x[row].to(self.transformer.dtype), torch.as_tensor(sigma, device=x.device).expand(count)[row]
+        if self.guidance > 1:  # one call for both, as in the pipeline
+            owner = torch.cat([torch.full_like(owner, -1), owner])
+            x, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
+        velocity = self.family.predict(x, sigma, [rows[owner] for rows in text], self.guidance)
+        if self.guidance > 1:
+            without, with_text = velocity.chunk(2)
+            velocity = without + self.guidance * (with_text - without)
+        self.velocity_evals += count * (2 if self.guidance > 1 else 1) * (3 if torch.is_grad_enabled() else 1)
+        return velocity[:count].float()
+
+    def sigmas(self, steps):
+        """(steps + 1,) noise levels of the pipeline's own scheduler, from 1 to 0."""
+        return self.family.sigmas(steps, self.resolution).to(self.device)
+
+    def noise(self, count, generator):
+        """Standard normal latents (count, ...), drawn on the CPU, so that every device has the same."""
+        return torch.randn(count, *self.shape, generator=generator).to(self.device)
+
+    def velocity_in_micro_batches(self, x, sigma, text, owner):
+        rows = torch.arange(len(x)).split(self.micro_batch)
+        return torch.cat([self.velocity(x[r], sigma, text, owner[r]) for r in rows])
+
+    @contextmanager
+    def reference(self):
+        """Inside, the adapter is off and no gradient is kept: the frozen model that the KL is measured to."""
+        self.transformer.disable_adapters()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.transformer.enable_adapters()
+
+    @torch.no_grad()
+    def decode(self, x):
+        """Latents -> images (B, 3, H, W) in [0, 1], float32, a micro-batch at a time."""
+        return torch.cat([self.family.decode(part).float() for part in x.split(self.micro_batch)])
+
+    def lora(self):
+        from peft import get_peft_model_state_dict
+
+        return {name: value.detach().cpu() for name, value in get_peft_model_state_dict(self.transformer).items()}
+
+    def save_lora(self, folder):
+        """The adapter as diffusers saves it: `pipe.load_lora_weights(folder)` reads it."""
+        config = self.transformer.peft_config["default"].to_dict()
+        self.pipe.save_lora_weights(
+            folder, transformer_lora_layers=self.lora(), transformer_lora_adapter_metadata=config
+        )
+
+
+# ---------------------------------------------------------------- command line
+
+
+class Parser(HfArgumentParser):
+    def error(self, message):
+        raise StopRun(f"{message.removeprefix('argument ')}; see --help")
+
+
+RANGES = {  # name: smallest, largest
+    "seed": (0, 2**31 - 1),
+    "iterations": (1, 10**9),
+    "prompts_per_iteration": (1, 10**6),
+    "group_size": (2, 10**6),
+    "seeds_per_prompt": (1, 10**6),
+    "branches": (2, 10**6),
+    "updates_per_iteration": (1, 10**6),
+    "micro_batch": (1, 10**6),
+    "steps": (2, 1000),
+    "eval_steps": (1, 1000),
+    "guidance": (0.0, 100.0),
+    "resolution": (8, 8192),
+    "noise_level": (0.0, 10.0),
+    "learning_rate": (0.0, 10.0),
+    "clip_range": (0.0, 1.0),
+    "adv_clip": (0.0, 1e6),
+    "kl_coef": (0.0, 1e6),
+    "max_grad_norm": (0.0, 1e9),
+    "ema_decay": (0.0, 0.9999999),
+    "lora_rank": (1, 4096),
+    "lora_alpha": (0.0, 1e6),
+    "eval_every": (1, 10**9),
+    "eval_seeds": (1, 10**4),
+    "save_every": (1, 10**9),
+    "chunk_max": (1, 1000),
+    "chunk_fraction": (0.0, 1.0),
+    "eval_hybrid": (0.0, 1.0),
+}
+POSITIVE = (
+    "learning_rate",
+    "clip_range",
+    "adv_clip",
+    "max_grad_norm",
+    "lora_alpha",
+    "noise_level",
+    "chunk_fraction",
+    "eval_hybrid",
+)
+FREE_ON_RESUME = ("resume", "iterations", "save_every", "wandb")
+
+
+def option(name):
+    return "--" + name.replace("_", "-")
+
+
+def parse_args(args_class, defaults, argv=None):
+    """The command line as an instance of the dataclass args_class, checked; no model is loaded, nothing is written.
+
+    defaults: {"tiny": {...}, "sd3": {...}} for the settings that are None in args_class. With --resume the settings
+    are those of that run, and a setting given that would change its past is refused.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = Parser(args_class, allow_abbrev=False)
+    try:
+        args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
+    except ValueError as error:
+        raise StopRun(f"unknown option {' '.join(str(error).split(': ')[-1].strip('[]').split())}; see --help")
+    if args.resume:
+        words = {word.split("=")[0] for word in argv}
+        given = {action.dest for action in parser._actions if words & set(action.option_strings)}
+        args = resumed_args(args, given)
+    if args.model is None:
+        args.model = "stabilityai/stable-diffusion-3.5-medium" if args.prompts and torch.cuda.is_available() else "tiny"
+    if args.device is None:
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise StopRun(f"--device {args.device} cannot be used here; {str(error).splitlines()[0][:150]}")
+    check_ranges(args)
+    args.prompts = args.prompts or (str(TINY / "prompts.txt") if args.model == "tiny" else None)
+    if args.prompts is None:
+        raise StopRun("a model other than tiny needs --prompts FILE, one prompt a line")
+    read_prompts(args.prompts)
+    args.family, _ = find_family(args.model)
+    for name, value in defaults[args.family].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") and args.family != "tiny" else "float32")
+    args.reward = args.reward or ("shapes" if args.family == "tiny" else "pickscore")
+    if args.eval_prompts is None and args.family == "tiny" and args.prompts == str(TINY / "prompts.txt"):
+        args.eval_prompts = str(TINY / "eval_prompts.txt")
+    if args.eval_prompts:
+        read_prompts(args.eval_prompts)
+    if not args.output:
+        script, model = Path(sys.argv[0]).stem, Path(args.model).name
+        args.output = f"runs/{script}-{model}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if (
+        not args.resume
+        and Path(args.output).exists()
+        and (not Path(args.output).is_dir() or any(Path(args.output).iterdir()))
+    ):
+        raise StopRun(f"--output {args.output} is in the way; give a new folder, or go on with --resume {args.output}")
+    check_ranges(args)
+    return args
+
+
+def resumed_args(args, given):
+    """The settings of the run in args.resume, with those in `given` that may change; refuses the others by name."""
+    try:
+        config = json.loads((Path(args.resume) / "config.json").read_text("utf-8"))
+        saved = config["settings"]
+    except (OSError, ValueError, KeyError):
+        raise StopRun(f"--resume {args.resume} is no run: its config.json cannot be read; give the folder of a run")
+    if not (Path(args.resume) / "checkpoint.pt").exists():
+        raise StopRun(f"--resume {args.resume} has no checkpoint.pt yet; start it anew in another folder")
+    if config["script"] != Path(sys.argv[0]).stem:
+        raise StopRun(f"--resume {args.resume} is a run of {config['script']}.py; go on with that script")
+    for name in sorted(given - set(FREE_ON_RESUME)):
+        if name in saved and getattr(args, name) != saved[name]:
+            raise StopRun(
+                f"{option(name)} {getattr(args, name)} would change the past of {args.resume}, which has {saved[name]};"
+                " leave it out or start a new run"
+            )
+    for name, value in saved.items():
+        if name not in given or name not in FREE_ON_RESUME:
+            setattr(args, name, value)
+    args.output = args.resume
+    if prompts_hash(args.prompts) != config["prompts_sha256"]:
+        raise StopRun(f"--prompts {args.prompts} has changed since {args.resume} began; restore it or start a new run")
+    return args
+
+
+def check_ranges(args):
+    for name, (low, high) in RANGES.items():
+        value = getattr(args, name, None)
+        if value is not None and not low <= value <= high:  # also refuses nan
+            raise StopRun(f"{option(name)} {value} is out of range; give a number from {low} to {high}")
+        if value == 0 and name in POSITIVE:
+            raise StopRun(f"{option(name)} must be more than 0")
+
+
+def settle_batch(args, images_per_prompt):
+    """The batch arithmetic: sets args.images, images an iteration, and fits the micro-batch into an update."""
+    args.images = args.prompts_per_iteration * images_per_prompt
+    if args.images % args.updates_per_iteration:
+        raise StopRun(
+            f"{args.prompts_per_iteration} prompts x {images_per_prompt} images = {args.images} images do not divide "
+            f"into --updates-per-iteration {args.updates_per_iteration}; change one of them"
+        )
+    args.micro_batch = min(args.micro_batch, args.images // args.updates_per_iteration)
+    if images_per_prompt < 8:
+        print(
+            f"warning: groups of {images_per_prompt} images give noisy advantages; 8 or more are usual", file=sys.stderr
+        )
+
+
+def prepare_rewards(args, get_reward):
+    """The reward and the held-out one (or None), which have seen that they can read every prompt."""
+    rewards = [get_reward(spec) if spec else None for spec in (args.reward, args.eval_reward)]
+    for reward in rewards:
+        if reward:
+            reward.check(read_prompts(args.prompts) + read_prompts(args.eval_prompts or args.prompts))
+    return rewards
+
+
+def print_plan(args, sigmas, s, weight=None):
+    """One line of batch arithmetic, and what each step does: its weight is 1 in all if none is given."""
+    per_update = args.images // args.updates_per_iteration
+    print(
+        f"{args.images} images an iteration from {args.prompts_per_iteration} prompts; "
+        f"{args.updates_per_iteration} updates of {per_update} images x {len(s)} transitions, "
+        f"{args.micro_batch} latents at a time; {args.iterations} iterations"
+    )
+    print("step   sigma   Delta       s     std  weight")
+    for n, scale in enumerate(s):
+        delta = sigmas[n] - sigmas[n + 1]
+        w = 1.0 if weight is None else weight[n]
+        print(f"{n:4d}  {sigmas[n]:6.4f}  {delta:6.4f}  {scale:6.4f}  {scale * delta.sqrt():6.4f}  {w:6.4f}")
+    print(f"{len(s):4d}  {sigmas[-2]:6.4f}  {sigmas[-2]:6.4f}     ODE step, not trained", flush=True)
+
+
+def read_prompts(path):
+    """Prompts of a UTF-8 text file, one a line; blank lines and lines that start with # are skipped."""
+    try:
+        text = Path(path).read_text("utf-8-sig")
+    except OSError as error:
+        raise StopRun(f"prompts file {path} cannot be read ({error.strerror}); give a text file, one prompt a line")
+    except UnicodeDecodeError as error:
+        raise StopRun(f"prompts file {path} is not UTF-8 text (byte {error.start}); save it as UTF-8")
+    if "\0" in text:
+        raise StopRun(f"prompts file {path} has a NUL character, so it is no text; save it as UTF-8")
+    prompts = [line.strip() for line in text.splitlines()]
+    prompts = [line for line in prompts if line and not line.startswith("#")]
+    if not prompts:
+        raise StopRun(f"prompts file {path} has no prompts; write one a line")
+    return prompts
+
+
+def prompts_hash(path):
+    return hashlib.sha256("\n".join(read_prompts(path)).encode()).hexdigest()
+
+
+def iteration_prompts(prompts, count, iteration, seed):
+    """The prompts of an iteration (1, 2, ...): the file in a new random order each time it has been gone through."""
+    chosen = []
+    for position in range((iteration - 1) * count, iteration * count):
+        epoch, index = divmod(position, len(prompts))
+        order = torch.randperm(len(prompts), generator=generator(seed, "prompts", epoch))
+        chosen.append(prompts[order[index]])
+    return chosen
+
+
+def generator(seed, purpose, number):
+    """A random generator that depends on just these three: so a resumed run draws what it would have drawn."""
+    digest = hashlib.sha256(f"{seed} {purpose} {number}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+# ---------------------------------------------------------------- the run folder
+
+
+class Run:
+    """A run and its folder: config.json, metrics.jsonl, samples/, lora/, checkpoint.pt. Use it in a `with` statement.
+
+    reward, eval_reward: (images, prompts) -> (scores, {name: scores}); eval_reward may be None. It evaluates, logs and
+    saves; keeps time and peak memory of the phases; and ends cleanly at a signal or an error, with what was trained
+    saved.
+    """
+
+    def __init__(self, args, policy, optimizer, ema, reward, eval_reward):
+        self.args, self.policy, self.optimizer, self.ema = args, policy, optimizer, ema
+        self.reward, self.eval_reward = reward, eval_reward
+        self.folder = Path(args.output)
+        self.iteration = 0  # the last complete one
+        self.whole = True  # whether the weights in memory are those after that iteration: not amid updates
+        self.images = self.skipped_updates = self.skipped_in_a_row = 0
+        self.signal = None
+        self.phases, self.shown = {}, {}
+
+    def __enter__(self):
+        try:
+            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.folder / ".lock", "w")
+        except OSError as error:
+            raise StopRun(f"the run folder {self.folder} cannot be written ({error.strerror}); give another --output")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise StopRun(f"another process runs in {self.folder}; wait for it or give another --output")
+        if self.args.resume:
+            self.load()
+        else:
+            write_atomically(self.folder / "config.json", json.dumps(run_config(self.args), indent=1).encode())
+        self.handlers = {n: signal.signal(n, self.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+        if self.args.wandb:
+            import wandb
+
+            wandb.init(project=self.args.wandb, name=self.folder.name, config=run_config(self.args))
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.whole and self.iteration:
+            self.save()
+        self.lock.close()
+
+    def on_signal(self, number, frame):
+        if self.signal:  # the second time: now
+            raise StopRun(f"stopped at once; go on with --resume {self.folder}", exit_status=128 + number)
+        self.signal = number
+        tqdm.write("stopping after this iteration; the same signal again stops at once", file=sys.stderr)
+
+    def iterations(self):
+        """The numbers of the iterations to run. Evaluates the base model first, saves when it is time to."""
+        prompts = read_prompts(self.args.eval_prompts or self.args.prompts)[:MAX_EVAL_PROMPTS]
+        self.eval_prompts = [prompt for prompt in prompts for _ in range(self.args.eval_seeds)]
+        self.eval_text = [rows.cpu() for rows in self.policy.encode(prompts)]
+        if self.iteration == 0:
+            self.log({"iteration": 0})
+        first, last = self.iteration + 1, self.args.iterations
+        for iteration in self.progress("iterations", leave=True, initial=first - 1, total=last)(range(first, last + 1)):
+            yield iteration
+            self.iteration, self.whole = iteration, True
+            if self.skipped_in_a_row >= 5:
+                raise StopRun(
+                    "loss or gradient were not finite in 5 updates in a row; lower --learning-rate or use another "
+                    f"--dtype; what was trained is saved in {self.folder}",
+                    exit_status=1,
+                )
+            if self.signal:
+                raise StopRun(f"stopped; go on with --resume {self.folder}", exit_status=128 + self.signal)
+            if iteration % self.args.save_every == 0:
+                self.save()
+
+    def progress(self, label, **options):
+        """A function that puts a tqdm bar around an iterable, with the latest rewards in it."""
+        return partial(tqdm, desc=label, postfix=self.shown, **{"leave": False, "disable": None} | options)
+
+    @contextmanager
+    def phase(self, name):
+        """Times a phase, for the metrics as <name>_s, and notes its peak memory on CUDA."""
+        cuda = self.policy.device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        self.whole = self.whole and name != "train"
+        start = time.perf_counter()
+        yield
+        if cuda:
+            torch.cuda.synchronize()
+            peak = self.phases.setdefault("peak_memory_gb_by_phase", {})
+            peak[name] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
+            self.phases["peak_memory_gb"] = max(peak.values())
+        self.phases[f"{name}_s"] = round(time.perf_counter() - start, 3)
+
+    def update(self):
+        """One optimizer step with the gradients that are there: their norm before clipping.
+
+        Where it is not finite (so it is where the loss is not), the step is skipped and counted instead.
+        """
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters, self.args.max_grad_norm).item()
+        if math.isfinite(norm):
+            self.optimizer.step()
+            if self.ema:
+                self.ema.step(self.policy.parameters)
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped_updates += 1
+            self.skipped_in_a_row += 1
+        self.optimizer.zero_grad()
+        return torch.tensor(norm)
+
+    def log(self, metrics):
+        """Evaluate if it is time to; then one line of metrics.jsonl, flushed at once."""
+        iteration = metrics["iteration"]
+        if iteration % self.args.eval_every == 0 or iteration == self.args.iterations or self.signal:
+            metrics = metrics | self.evaluate(iteration)
+        if iteration:
+            metrics = metrics | {"skipped_updates": self.skipped_updates, "images": self.images}
+            metrics = metrics | {"velocity_evals": self.policy.velocity_evals}
+        metrics = {name: None if value != value else value for name, value in (metrics | self.phases).items()}
+        self.phases = {}
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+        if self.args.wandb:
+            import wandb
+
+            wandb.log(metrics, step=iteration)
+        self.shown |= {key: f"{metrics[key]:.3f}" for key in ("reward_mean", "eval_reward") if key in metrics}
+        text = [f"{key} {metrics[key]:.4g}" for key in SHOWN if metrics.get(key) is not None]
+        tqdm.write(f"iteration {iteration:4d}  " + "  ".join(text))
+
+    @torch.no_grad()
+    def evaluate(self, iteration):
+        """Mean rewards of ODE samples for the evaluation prompts, from always the same noise; saves a picture grid."""
+        args, policy, count = self.args, self.policy, len(self.eval_prompts)
+        evals, text = policy.velocity_evals, [rows.to(policy.device) for rows in self.eval_text]
+        sigmas, hybrid = policy.sigmas(args.eval_steps), getattr(args, "eval_hybrid", 1.0)
+        noise = policy.noise(count, generator(0, "evaluation", 0))
+        with self.phase("eval"), self.ema_weights():
+            images = [
+                policy.decode(ode_sample(policy, noise[rows], text, rows // args.eval_seeds, sigmas, hybrid)).cpu()
+                for rows in self.progress("evaluation")(torch.arange(count).split(args.micro_batch))
+            ]
+        policy.velocity_evals = evals  # evaluation is not part of the cost
+        images = torch.cat(images)
+        scores, parts = self.reward(images, self.eval_prompts)
+        if self.eval_reward:
+            parts = parts | self.eval_reward(images, self.eval_prompts)[1]
+        shown = range(0, count, max(args.eval_seeds, -(-count // 32)))  # at most 32 pictures
+        captions = [f"{scores[n]:.2f} {self.eval_prompts[n]}" for n in shown]
+        samples = self.folder / "samples"
+        picture_grid(images[list(shown)], captions, samples / f"{iteration}.png")
+        first = sorted(samples.glob("[0-9]*.png"), key=lambda path: int(path.stem))[0]
+        side_by_side(first, samples / f"{iteration}.png", samples / "compare.png")
+        return {"eval_reward": scores.mean().item()} | {f"eval/{k}": v.mean().item() for k, v in parts.items()}
+
+    def save(self):
+        """checkpoint.pt and lora/, written aside and renamed, so that a crash never leaves half a file."""
+        state = {
+            "iteration": self.iteration,
+            "lora": self.policy.lora(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else None,
+            "counters": [self.images, self.policy.velocity_evals, self.skipped_updates, self.skipped_in_a_row],
+        }
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        with self.ema_weights():
+            self.policy.save_lora(self.folder / "lora.tmp")
+        (self.folder / "lora").mkdir(exist_ok=True)
+        for file in (self.folder / "lora.tmp").iterdir():
+            os.replace(file, self.folder / "lora" / file.name)
+        (self.folder / "lora.tmp").rmdir()
+        write_atomically(self.folder / "checkpoint.pt", buffer.getbuffer())
+
+    def load(self):
+        """Take up the run where its checkpoint was made; later lines of metrics.jsonl are dropped."""
+        from peft import set_peft_model_state_dict
+
+        path = self.folder / "checkpoint.pt"
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if {k: v.shape for k, v in state["lora"].items()} != {k: v.shape for k, v in self.policy.lora().items()}:
+                raise ValueError("its adapter is another model's")
+            set_peft_model_state_dict(self.policy.transformer, state["lora"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.ema:
+                self.ema.load_state_dict(state["ema"])
+                self.ema.to(self.policy.device)
+            self.iteration = state["iteration"]
+            self.images, self.policy.velocity_evals, self.skipped_updates, self.skipped_in_a_row = state["counters"]
+        except Exception as error:  # what a cut or foreign file raises is of many kinds
+            raise StopRun(f"{path} cannot be resumed from ({' '.join(str(error).split())[:150]}); start a new run")
+        kept = []
+        for line in (self.folder / "metrics.jsonl").read_text("utf-8").splitlines(True):
+            with suppress(ValueError):  # half a last line
+                if json.loads(line)["iteration"] <= self.iteration:
+                    kept.append(line)
+        write_atomically(self.folder / "metrics.jsonl", "".join(kept).encode())
+
+    @contextmanager
+    def ema_weights(self):
+        """Inside, the averaged weights are in the model, if there are any: for evaluation and for lora/."""
+        if not self.ema:
+            yield
+            return
+        self.ema.store(self.policy.parameters)
+        self.ema.copy_to(self.policy.parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(self.policy.parameters)
+
+
+MAX_EVAL_PROMPTS = 64
+SHOWN = (
+    "reward_mean",
+    "eval_reward",
+    "ratio_first_error",
+    "clip_low",
+    "clip_high",
+    "kl_ref",
+    "grad_norm",
+    "skipped_updates",
+)
+
+
+def run_config(args):
+    """What config.json holds: every setting as used, versions, commit, command."""
+    import diffusers
+    import peft
+    import transformers
+
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    return {
+        "script": Path(sys.argv[0]).stem,
+        "settings": dataclasses.asdict(args) | {"resume": None},
+        "prompts_sha256": prompts_hash(args.prompts),
+        "versions": {m.__name__: m.__version__ for m in (torch, diffusers, transformers, peft)},
+        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
+        "command": " ".join(sys.argv),
+    }
+
+
+class Stats:
+    """Collects tensors over the updates of an iteration, without waiting for the device; averages them at the end."""
+
+    def __init__(self):
+        self.values = {}
+
+    def add(self, **values):
+        for name, value in values.items():
+            self.values.setdefault(name, []).append(value.detach().flatten())
+
+    def metrics(self, clip_range):
+        """Metrics of an iteration. Needs log_ratio and advantage, first_log_ratio and first_step, loss, grad_norm.
+
+        clip_low: share of ratios under 1 - clip_range with a negative advantage; clip_high: over 1 + clip_range with a
+        positive one. Those are the transitions whose gradient the clip cuts off. approx_kl: E[ratio - 1 - log ratio].
+        """
+        value = {name: torch.cat(parts).float().cpu() for name, parts in self.values.items()}
+        log_ratio, advantage, step = value.pop("log_ratio"), value.pop("advantage"), value.pop("first_step").long()
+        ratio, first_error = log_ratio.exp(), (value.pop("first_log_ratio").exp() - 1).abs()
+        by_step = [first_error[step == n].max().item() for n in step.unique()]
+        return {
+            "ratio_mean": ratio.mean().item(),
+            "ratio_min": ratio.min().item(),
+            "ratio_max": ratio.max().item(),
+            "ratio_first_error": first_error.max().item(),
+            "ratio_first_error_by_step": by_step,
+            "clip_low": ((ratio < 1 - clip_range) & (advantage < 0)).float().mean().item(),
+            "clip_high": ((ratio > 1 + clip_range) & (advantage > 0)).float().mean().item(),
+            "approx_kl": (ratio - 1 - log_ratio).mean().item(),
+            **{name: values.mean().item() for name, values in value.items()},
+        }
+
+
+def write_atomically(path, data):
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def picture_grid(images, captions, path, size=144, columns=8):
+    """Save images (B, 3, H, W) in [0, 1] as a grid, each with its caption below it."""
+    from PIL import Image, ImageDraw
+
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (size + 8), rows * (size + 44)), "white")
+    for n, (image, caption) in enumerate(zip(images, captions)):
+        array = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+        x, y = n % columns * (size + 8) + 4, n // columns * (size + 44) + 4
+        filter = Image.Resampling.NEAREST if image.shape[-1] < size else Image.Resampling.LANCZOS
+        sheet.paste(Image.fromarray(array).resize((size, size), filter), (x, y))
+        ImageDraw.Draw(sheet).text((x, y + size + 2), "\n".join(textwrap.wrap(caption, 24)[:3]), "black")
+    sheet.save(path)
+
+
+def side_by_side(left, right, path):
+    from PIL import Image
+
+    pictures = [Image.open(left), Image.open(right)]
+    sheet = Image.new("RGB", (sum(p.width for p in pictures) + 24, max(p.height for p in pictures)), "grey")
+    sheet.paste(pictures[0], (0, 0))
+    sheet.paste(pictures[1], (pictures[0].width + 24, 0))
+    sheet.save(path)
+
+
+def run_script(main, args_class, defaults):
+    """Run a script's main; every end but a bug is one line on standard error and an exit status, no traceback."""
+    try:
+        main(parse_args(args_class, defaults))
+    except torch.OutOfMemoryError:
+        used = torch.cuda.max_memory_allocated() / 1e9
+        sys.exit(
+            fail(
+                f"out of GPU memory, {used:.1f} GB were in use; lower --micro-batch or set --gradient-checkpointing", 1
+            )
+        )
+    except OSError as error:
+        sys.exit(
+            fail(f"{error.strerror or error}: {error.filename or ''}; the last checkpoint stands, see --resume", 1)
+        )
+    except KeyboardInterrupt:
+        sys.exit(fail("stopped", 130))
+    except Exception as error:
+        if not hasattr(error, "exit_status"):
+            raise
+        sys.exit(fail(str(error), error.exit_status))
+
+
+def fail(message, exit_status):
+    print(("error: " if exit_status < 128 else "") + " ".join(message.split()), file=sys.stderr)
+    return exit_status

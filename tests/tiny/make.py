@@ -1,0 +1,323 @@
+"""Make the bundled model: a StableDiffusion3Pipeline small enough for a laptop, trained from scratch on drawn scenes.
+
+    python tests/tiny/make.py            # writes the model and the two prompt files beside this script
+
+Scenes have one to four large objects, at most one to a quadrant, and captions in the manner of GenEval: counting
+("three red circles"), two objects ("a red circle and a blue square"), position ("a red circle left of a blue square").
+As on the web, captions are noisy: NOISE of them tell of another scene. So the model draws clear pictures that often
+are not what was asked for, and that is the room in which reinforcement learning can show what it does.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+from rewards import COLOURS, NUMBERS, RELATIONS, SHAPES, parse_scene, shape_inside, shapes  # noqa: E402
+
+NOISE = 0.4  # share of captions with one wrong attribute
+THINGS = list(itertools.product(COLOURS, SHAPES))
+TEXT_TOKENS = 10  # the longest prompt has 8 words; start and end tokens come to them
+ALL_PROMPTS = (
+    [f"a {c} {s}" for c, s in THINGS]
+    + [f"{n} {c} {s}s" for n in list(NUMBERS)[1:] for c, s in THINGS]
+    + [
+        f"a {a[0]} {a[1]} {r} a {b[0]} {b[1]}"
+        for r in ["and", *RELATIONS]
+        for a, b in itertools.permutations(THINGS, 2)
+    ]
+)
+
+
+def split_prompts(seed=0):
+    """Two lists of prompts, for training and held out: no count, no pair of things is in both."""
+    rng = random.Random(seed)
+    counts = [f"{n} {c} {s}s" for n in list(NUMBERS)[1:] for c, s in THINGS]
+    pairs = list(itertools.combinations(THINGS, 2))
+    rng.shuffle(counts)
+    rng.shuffle(pairs)
+    relations = ["and", *RELATIONS]
+
+    def sentences(pairs, per_pair):
+        for a, b in pairs:
+            for relation in rng.sample(relations, per_pair):
+                a, b = rng.sample([a, b], 2)
+                yield f"a {a[0]} {a[1]} {relation} a {b[0]} {b[1]}"
+
+    train = [f"a {c} {s}" for c, s in THINGS] + counts[12:] + list(sentences(pairs[18:], 3))
+    held_out = counts[:12] + list(sentences(pairs[:18], 2))
+    return train, held_out
+
+
+def draw(scenes, rng):
+    """Draw scenes, with random places and sizes: lists of (colour, shape), relation -> (B, 3, 32, 32) in [0, 1]."""
+    axis = torch.arange(32.0)
+    images = torch.ones(len(scenes), 3, 32, 32)
+    for image, (objects, relation) in zip(images, scenes):
+        quadrants = rng.sample([(0, 0), (1, 0), (0, 1), (1, 1)], len(objects))
+        if relation is not None:
+            rx, ry = RELATIONS[relation]
+            along, across = (rng.randrange(2), rng.randrange(2)), (rx + ry > 0, rx + ry < 0)
+            quadrants = [(int(not b), a) if rx else (a, int(not b)) for a, b in zip(along, across)]
+        for (colour, shape), (qx, qy) in zip(objects, quadrants):
+            radius = rng.uniform(4.5, 6.0)
+            dx = axis[None, :] - (7.5 + 16 * qx + rng.uniform(-1.2, 1.2))
+            dy = axis[:, None] - (7.5 + 16 * qy + rng.uniform(-1.2, 1.2))
+            cover = (0.5 - shape_inside(shape, dx, dy, radius)).clamp(0, 1)
+            image.mul_(1 - cover).add_(cover * torch.tensor(COLOURS[colour]).view(3, 1, 1))
+    return images
+
+
+def miscaption(prompt, rng):
+    """A caption that differs from the prompt in one attribute: number, colour, shape, order or relation."""
+    while True:
+        words = prompt.split()
+        i = rng.randrange(len(words))
+        word, plural = words[i].rstrip("s"), words[i].endswith("s")
+        if word in COLOURS:
+            words[i] = rng.choice(list(COLOURS))
+        elif word in SHAPES:
+            words[i] = rng.choice(SHAPES) + "s" * plural
+        elif word in NUMBERS and word != "a":
+            words[i] = rng.choice(list(NUMBERS)[1:])
+        elif word in ("left", "right", "above", "below", "and"):
+            n = 2 if word in ("left", "right") else 1
+            words[i : i + n] = rng.choice(["and", *RELATIONS]).split()
+        elif word == "a" and len(words) == 3:
+            words = [rng.choice(list(NUMBERS)[1:]), words[1], words[2] + "s"]
+        if (caption := " ".join(words)) != prompt:
+            return caption
+
+
+def make_tokenizer():
+    """A CLIPTokenizer in which every word of the captions is one token: BPE trained on just these words."""
+    words = sorted({word for prompt in ALL_PROMPTS for word in prompt.split()})
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    alphabet = sorted(set("".join(words)))
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, min_frequency=1, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(words, trainer)
+    model = json.loads(bpe.to_str())["model"]
+    vocab = dict(sorted(model["vocab"].items(), key=lambda item: item[1]))
+    for token in ("<|startoftext|>", "<|endoftext|>"):
+        vocab[token] = len(vocab)
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=[tuple(m) for m in model["merges"]], model_max_length=TEXT_TOKENS)
+    ids = tokenizer(ALL_PROMPTS)["input_ids"]
+    assert all(len(i) == len(p.split()) + 2 for i, p in zip(ids, ALL_PROMPTS)), "a word is not one token"
+    assert len({tuple(i) for i in ids}) == len(ALL_PROMPTS), "two prompts have the same tokens"
+    return tokenizer
+
+
+def make_pipeline():
+    """The pipeline with random weights: SD3's own classes, no T5."""
+    tokenizer = make_tokenizer()
+    special = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    special["pad_token_id"] = tokenizer.pad_token_id
+
+    def encoder(width, layers):
+        return CLIPTextModelWithProjection(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=width,
+                intermediate_size=2 * width,
+                num_hidden_layers=layers,
+                num_attention_heads=width // 16,
+                max_position_embeddings=TEXT_TOKENS,
+                projection_dim=width,
+                **special,
+            )
+        )
+
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=8,
+        out_channels=8,
+        num_layers=3,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=96,
+        caption_projection_dim=128,
+        pooled_projection_dim=96,
+        pos_embed_max_size=4,
+        qk_norm="rms_norm",
+    )
+    # SD3's sinusoids are spaced for large grids: on 4 x 4 tokens neighbours would look alike. The table is a buffer
+    # that is saved with the weights, so give each token a direction of its own.
+    table = transformer.pos_embed.pos_embed
+    table.copy_(torch.nn.init.orthogonal_(torch.empty(table.shape[1:])) * math.sqrt(table.shape[-1]) / 2)
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(16, 32, 48),
+            layers_per_block=1,
+            latent_channels=8,
+            norm_num_groups=8,
+            sample_size=32,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            mid_block_add_attention=False,
+        ),
+        text_encoder=encoder(64, 3),
+        tokenizer=tokenizer,
+        text_encoder_2=encoder(32, 2),
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+
+
+def train_vae(vae, rng, steps, batch=64):
+    """Reconstruction in L1, with a light KL; then the scale and shift that give latents mean 0 and std 1."""
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.05)
+    for step in range(steps):
+        images = draw([parse_scene(rng.choice(ALL_PROMPTS)) for _ in range(batch)], rng) * 2 - 1
+        posterior = vae.encode(images).latent_dist
+        error = (vae.decode(posterior.sample()).sample - images).abs().mean()
+        loss = error + 1e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 200 == 0 or step == steps - 1:
+            print(f"vae {step:5d}  L1 {error.item():.4f}", flush=True)
+    with torch.no_grad():
+        images = draw([parse_scene(rng.choice(ALL_PROMPTS)) for _ in range(512)], rng) * 2 - 1
+        latents = vae.encode(images).latent_dist.sample()
+    vae.register_to_config(
+        shift_factor=round(latents.mean().item(), 4), scaling_factor=round(1 / latents.std().item(), 4)
+    )
+
+
+def train_flow(pipe, rng, steps, noise, batch=128, lr=2e-3):
+    """Flow matching, text encoders and transformer together: v = eps - x0 at a uniform sigma; EMA of the weights."""
+    modules = torch.nn.ModuleList([pipe.transformer, pipe.text_encoder, pipe.text_encoder_2])
+    optimizer = torch.optim.AdamW(modules.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
+    ema = torch.optim.swa_utils.AveragedModel(modules, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995))
+    start, losses = time.time(), []
+    for step in range(steps):
+        prompts = [
+            rng.choice(ALL_PROMPTS[: len(THINGS) * 4]) if rng.random() < 0.3 else rng.choice(ALL_PROMPTS)
+            for _ in range(batch)
+        ]
+        captions = [miscaption(p, rng) if rng.random() < noise else p for p in prompts]
+        captions = ["" if rng.random() < 0.1 else c for c in captions]
+        embeds, _, pooled, _ = encode(pipe, captions)
+        with torch.no_grad():
+            images = draw([parse_scene(p) for p in prompts], rng) * 2 - 1
+            x0 = (
+                pipe.vae.encode(images).latent_dist.sample() - pipe.vae.config.shift_factor
+            ) * pipe.vae.config.scaling_factor
+        eps, sigma = torch.randn_like(x0), torch.rand(batch, 1, 1, 1)
+        velocity = pipe.transformer((1 - sigma) * x0 + sigma * eps, embeds, pooled, sigma.flatten() * 1000).sample
+        loss = F.mse_loss(velocity, eps - x0)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        ema.update_parameters(modules)
+        losses.append(loss.item())
+        if step % 250 == 0 or step == steps - 1:
+            print(
+                f"flow {step:5d}  loss {sum(losses[-250:]) / len(losses[-250:]):.4f}  {time.time() - start:.0f} s",
+                flush=True,
+            )
+        if (step + 1) % 500 == 0 and step + 1 < steps:
+            backup = {k: v.clone() for k, v in modules.state_dict().items()}
+            modules.load_state_dict(ema.module.state_dict())
+            print(f"flow {step:5d}  reward {judge(pipe, guidance=1.0):.3f}", flush=True)
+            modules.load_state_dict(backup)
+    modules.load_state_dict(ema.module.state_dict())
+
+
+def encode(pipe, prompts):
+    """Text embeddings as the pipeline makes them, without the zero tokens that stand for T5."""
+    return pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=0)
+
+
+@torch.no_grad()
+def judge(pipe, guidance, picture=None):
+    """Mean reward of the pipeline's own pictures, 10 steps, over evenly spaced prompts; a grid of the first 64."""
+    pipe.set_progress_bar_config(disable=True)
+    prompts = sum(reversed(split_prompts()), [])
+    images = pipe(
+        prompts,
+        num_inference_steps=10,
+        guidance_scale=guidance,
+        max_sequence_length=0,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+    ).images
+    scores = shapes(images, prompts)
+    if picture:
+        from PIL import Image, ImageDraw
+
+        grid = Image.new("RGB", (8 * 200, 8 * 150), "white")
+        for n in range(64):
+            tile = Image.fromarray((images[n] * 255).byte().permute(1, 2, 0).numpy()).resize((128, 128), 0)
+            grid.paste(tile, (n % 8 * 200 + 4, n // 8 * 150))
+            ImageDraw.Draw(grid).text(
+                (n % 8 * 200 + 4, n // 8 * 150 + 130), f"{scores[n]:.2f} {prompts[n][:40]}", "black"
+            )
+        grid.save(picture)
+    for kind, pick in {"count": lambda p: " a " not in p, "and": lambda p: " and " in p}.items():
+        chosen = torch.tensor([bool(pick(p)) for p in prompts])
+        print(kind, round(scores[chosen].mean().item(), 3), end=" ")
+    print("position", round(scores[torch.tensor([" a " in p and " and " not in p for p in prompts])].mean().item(), 3))
+    return scores.mean().item()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", default=str(HERE))
+    parser.add_argument("--vae-steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--noise", type=float, default=NOISE)
+    parser.add_argument("--vae", default=None)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    pipe = make_pipeline()
+    for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+        print(name, sum(p.numel() for p in getattr(pipe, name).parameters()))
+    if args.vae:
+        pipe.register_modules(vae=AutoencoderKL.from_pretrained(args.vae, torch_dtype=torch.float32))
+    else:
+        train_vae(pipe.vae, rng, args.vae_steps)
+        pipe.vae.save_pretrained(args.output + "/vae")
+    train_flow(pipe, rng, args.steps, args.noise)
+    pipe.to(torch.float16).save_pretrained(args.output)
+    pipe.to(torch.float32)
+    for guidance in (1.0, 2.0, 4.0):
+        print(
+            "guidance",
+            guidance,
+            "reward",
+            round(judge(pipe, guidance, f"{args.output}/grid{guidance}.png"), 3),
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
