@@ -468,6 +468,22 @@ def settle_batch(args, images_per_prompt):
         )
 
 
+def parse_chunks(args):
+    """--chunks of gcpo.py: None for adaptive, or the list of sizes, which must add up to the T - 1 transitions."""
+    if args.chunks == "adaptive":
+        return None
+    try:
+        sizes = [int(size) for size in args.chunks.split(",")]
+    except ValueError:
+        raise StopRun(f"--chunks {args.chunks!r} is neither adaptive nor a list of sizes; write --chunks 2,3,4")
+    if min(sizes) < 1 or sum(sizes) != args.steps - 1:
+        raise StopRun(
+            f"--chunks {args.chunks} adds up to {sum(sizes)}; sizes from 1 on must add up to {args.steps - 1}, the "
+            f"trained transitions of --steps {args.steps}"
+        )
+    return sizes
+
+
 def prepare_rewards(args, get_reward):
     """The reward and the held-out one (or None), which have seen that they can read every prompt."""
     rewards = [get_reward(spec) if spec else None for spec in (args.reward, args.eval_reward)]
@@ -544,7 +560,7 @@ class Run:
     def __init__(self, args, policy, optimizer, ema, reward, eval_reward):
         self.args, self.policy, self.optimizer, self.ema = args, policy, optimizer, ema
         self.reward, self.eval_reward = reward, eval_reward
-        self.folder = Path(args.output)
+        self.folder, self.samples = Path(args.output), Path(args.output) / "samples"
         self.iteration = 0  # the last complete one
         self.whole = True  # whether the weights in memory are those after that iteration: not amid updates
         self.images = self.skipped_updates = self.skipped_in_a_row = 0
@@ -553,7 +569,7 @@ class Run:
 
     def __enter__(self):
         try:
-            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+            self.samples.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.folder / ".lock", "w")
         except OSError as error:
             raise StopRun(f"the run folder {self.folder} cannot be written ({error.strerror}); give another --output")
@@ -683,11 +699,26 @@ class Run:
             parts = parts | self.eval_reward(images, self.eval_prompts)[1]
         shown = range(0, count, max(args.eval_seeds, -(-count // 32)))  # at most 32 pictures
         captions = [f"{scores[n]:.2f} {self.eval_prompts[n]}" for n in shown]
-        samples = self.folder / "samples"
-        picture_grid(images[list(shown)], captions, samples / f"{iteration}.png")
-        first = sorted(samples.glob("[0-9]*.png"), key=lambda path: int(path.stem))[0]
-        side_by_side(first, samples / f"{iteration}.png", samples / "compare.png")
+        picture_grid(images[list(shown)], captions, self.samples / f"{iteration}.png")
+        first = min(self.samples.glob("[0-9]*.png"), key=lambda path: int(path.stem))
+        side_by_side(first, self.samples / f"{iteration}.png", self.samples / "compare.png")
         return {"eval_reward": scores.mean().item()} | {f"eval/{k}": v.mean().item() for k, v in parts.items()}
+
+    def chunk_metrics(self, iteration, l1rel, chunks, group_size):
+        """What gcpo.py's chunks were, also as samples/chunks.png. l1rel: (N, T - 1), chunks: N lists of sizes.
+
+        chunk_cuts: share of trajectories with a cut before each step but the first. l1rel_prompt_share: share of the
+        variance of L1rel that lies between prompts, 1 / group_size by chance if the curve does not depend on them.
+        """
+        starts = torch.zeros_like(l1rel)
+        for row, sizes in zip(starts, chunks):
+            row[torch.tensor(sizes).cumsum(0)[:-1]] = 1
+        between = l1rel.view(-1, group_size, l1rel.shape[1]).mean(1).var(0, correction=0) / l1rel.var(0, correction=0)
+        curve, cuts = l1rel.mean(0).tolist(), starts.mean(0).tolist()[1:]
+        line_chart(
+            {"mean L1rel of the step": curve, "share cut before the step": [0.0, *cuts]}, self.samples / "chunks.png"
+        )
+        return {"l1rel_by_step": curve, "chunk_cuts": cuts, "l1rel_prompt_share": between.tolist()}
 
     def save(self):
         """checkpoint.pt and lora/, written aside and renamed, so that a crash never leaves half a file."""
@@ -841,6 +872,26 @@ def side_by_side(left, right, path):
     sheet = Image.new("RGB", (sum(p.width for p in pictures) + 24, max(p.height for p in pictures)), "grey")
     sheet.paste(pictures[0], (0, 0))
     sheet.paste(pictures[1], (pictures[0].width + 24, 0))
+    sheet.save(path)
+
+
+def line_chart(series, path, size=(520, 220)):
+    """Save {title: [values]} as charts over the steps, one below the other, each from 0 to its maximum."""
+    from PIL import Image, ImageDraw
+
+    width, height = size
+    sheet = Image.new("RGB", (width, height * len(series)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for n, (title, values) in enumerate(series.items()):
+        top, bottom, step = n * height + 30, (n + 1) * height - 30, (width - 80) / max(len(values) - 1, 1)
+        largest = max(values) or 1.0
+        points = [(50 + i * step, bottom - (bottom - top) * value / largest) for i, value in enumerate(values)]
+        draw.text((50, top - 24), f"{title} (largest {largest:.3g})", "black")
+        draw.line([(50, top), (50, bottom), (width - 30, bottom)], "grey")
+        draw.line(points, "blue", 2)
+        for i, (x, y) in enumerate(points):
+            draw.ellipse([x - 3, y - 3, x + 3, y + 3], "blue")
+            draw.text((x - 3, bottom + 6), str(i), "black")
     sheet.save(path)
 
 

@@ -83,15 +83,16 @@ def _connected_components(mask):
     """mask: (N, H, W) bool -> (N, H, W) labels: 0 outside, else one positive number a 4-connected component."""
     height, width = mask.shape[-2:]
     mask = mask.float()
-    label = mask * torch.arange(1, height * width + 1, dtype=torch.float32, device=mask.device).view(height, width)
-    while True:  # spread the largest label of a component along rows and columns until nothing changes
-        spread = torch.maximum(
-            F.max_pool2d(label[:, None], (3, 1), 1, (1, 0)), F.max_pool2d(label[:, None], (1, 3), 1, (0, 1))
-        )
-        spread = spread[:, 0] * mask
-        if torch.equal(spread, label):
+    label = mask * torch.arange(1, height * width + 1, dtype=torch.float32).view(height, width)
+    while True:  # sweep the largest label of a component down, up, right and left until nothing changes
+        before = label.clone()
+        for dim, size in ((1, height), (2, width)):
+            for step in (1, -1):
+                for i in range(1, size) if step == 1 else range(size - 2, -1, -1):
+                    line = label.select(dim, i)
+                    torch.maximum(line, label.select(dim, i - step), out=line).mul_(mask.select(dim, i))
+        if torch.equal(before, label):
             return label.long()
-        label = spread
 
 
 def find_objects(images, min_area=16):
@@ -107,14 +108,16 @@ def find_objects(images, min_area=16):
     strength = torch.einsum("bchw,kc->bkhw", ink, palette) / palette.square().sum(1)[None, :, None, None]
     best = cosine.argmax(1, keepdim=True)
     mask = torch.zeros_like(cosine).scatter_(1, best, 1.0).bool() & (cosine > 0.9) & (strength > 0.5)
-    label = _connected_components(mask.flatten(0, 1))  # (4 B, 32, 32)
+    mask = mask.flatten(0, 1)  # (4 B, 32, 32)
+    planes = mask.flatten(1).any(1).nonzero()[:, 0]
+    label = _connected_components(mask[planes])
 
     row, blob = [], []  # which picture and colour a blob belongs to, and its pixels
-    for n in label.amax((1, 2)).nonzero()[:, 0].tolist():
-        values, areas = label[n].unique(return_counts=True)
+    for plane, labels in zip(planes.tolist(), label):
+        values, areas = labels.unique(return_counts=True)
         for value in values[(areas >= min_area) & (values > 0)]:
-            row.append(n)
-            blob.append(label[n] == value)
+            row.append(plane)
+            blob.append(labels == value)
     found = [[] for _ in images]
     if not blob:
         return found
