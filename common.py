@@ -70,14 +70,16 @@ def sde_mean_std(x, velocity, sigma, sigma_next, s):
     return mean, s * delta.sqrt()
 
 
-def log_prob(x, mean, std):
+def log_prob(x, mean, std, batch_dims=1):
     """Log-density of x under a Gaussian, AVERAGED over the latent's dimensions: (B, ...) -> (B,), float32.
+
+    mean and std broadcast against x, whose first batch_dims dimensions are kept.
 
     The sum is the true log-probability of the step. Every published implementation takes the mean instead, which makes
     ratios independent of the resolution, and is the reason why clip ranges are 1e-5 to 1e-3 and not 0.2.
     """
     logp = -((x.float() - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
-    return logp.flatten(1).mean(1)
+    return logp.flatten(batch_dims).mean(-1)
 
 
 def group_advantage(rewards, std="group", clip=5.0):
@@ -453,19 +455,17 @@ def check_ranges(args):
             raise StopRun(f"{option(name)} must be more than 0")
 
 
-def settle_batch(args, images_per_prompt):
-    """The batch arithmetic: sets args.images, images an iteration, and fits the micro-batch into an update."""
-    args.images = args.prompts_per_iteration * images_per_prompt
-    if args.images % args.updates_per_iteration:
+def settle_batch(args, count, group, usual=8):
+    """The batch arithmetic: count trajectories an iteration must divide into the updates. Returns count."""
+    if count % args.updates_per_iteration:
         raise StopRun(
-            f"{args.prompts_per_iteration} prompts x {images_per_prompt} images = {args.images} images do not divide "
-            f"into --updates-per-iteration {args.updates_per_iteration}; change one of them"
+            f"{args.prompts_per_iteration} prompts x {count // args.prompts_per_iteration} = {count} trajectories do "
+            f"not divide into --updates-per-iteration {args.updates_per_iteration}; change one of them"
         )
-    args.micro_batch = min(args.micro_batch, args.images // args.updates_per_iteration)
-    if images_per_prompt < 8:
-        print(
-            f"warning: groups of {images_per_prompt} images give noisy advantages; 8 or more are usual", file=sys.stderr
-        )
+    args.micro_batch = min(args.micro_batch, count)
+    if group < usual:
+        print(f"warning: groups of {group} give noisy advantages; {usual} or more are usual", file=sys.stderr)
+    return count
 
 
 def parse_chunks(args):
@@ -484,6 +484,24 @@ def parse_chunks(args):
     return sizes
 
 
+def parse_branch_steps(args):
+    """--branch-steps of tempflow_grpo.py: a list of steps, or a number of steps to draw anew each iteration."""
+    last = args.steps - 2
+    if args.branch_steps == "all":
+        return list(range(last + 1))
+    try:
+        numbers = [int(part) for part in args.branch_steps.rstrip(",").split(",")]
+    except ValueError:
+        raise StopRun(f"--branch-steps {args.branch_steps!r} is neither all, a list such as 0,1,2, nor a number")
+    if "," not in args.branch_steps and 1 <= numbers[0] <= last + 1:
+        return numbers[0]
+    if "," in args.branch_steps and sorted(set(numbers)) == numbers and 0 <= numbers[0] <= numbers[-1] <= last:
+        return numbers
+    raise StopRun(
+        f"--branch-steps {args.branch_steps} is no number from 1 to {last + 1}, and no rising list within 0 to {last}"
+    )
+
+
 def prepare_rewards(args, get_reward):
     """The reward and the held-out one (or None), which have seen that they can read every prompt."""
     rewards = [get_reward(spec) if spec else None for spec in (args.reward, args.eval_reward)]
@@ -493,13 +511,13 @@ def prepare_rewards(args, get_reward):
     return rewards
 
 
-def print_plan(args, sigmas, s, weight=None):
+def print_plan(args, count, sigmas, s, weight=None, branches=0):
     """One line of batch arithmetic, and what each step does: its weight is 1 in all if none is given."""
-    per_update = args.images // args.updates_per_iteration
+    branching = f" with {branches} branches a step" if branches else ""
     print(
-        f"{args.images} images an iteration from {args.prompts_per_iteration} prompts; "
-        f"{args.updates_per_iteration} updates of {per_update} images x {len(s)} transitions, "
-        f"{args.micro_batch} latents at a time; {args.iterations} iterations"
+        f"{args.iterations} iterations of {args.prompts_per_iteration} prompts x "
+        f"{count // args.prompts_per_iteration} = {count} trajectories{branching}; {args.updates_per_iteration} "
+        f"updates of {count // args.updates_per_iteration} trajectories; {args.micro_batch} latents at a time"
     )
     print("step   sigma   Delta       s     std  weight")
     for n, scale in enumerate(s):
@@ -715,10 +733,21 @@ class Run:
             row[torch.tensor(sizes).cumsum(0)[:-1]] = 1
         between = l1rel.view(-1, group_size, l1rel.shape[1]).mean(1).var(0, correction=0) / l1rel.var(0, correction=0)
         curve, cuts = l1rel.mean(0).tolist(), starts.mean(0).tolist()[1:]
-        line_chart(
-            {"mean L1rel of the step": curve, "share cut before the step": [0.0, *cuts]}, self.samples / "chunks.png"
-        )
+        charts = {"mean L1rel of the step": curve, "share of trajectories cut before the step": [0.0, *cuts]}
+        line_chart(charts, self.samples / "chunks.png")
         return {"l1rel_by_step": curve, "chunk_cuts": cuts, "l1rel_prompt_share": between.tolist()}
+
+    def step_metrics(self, branch_at, rewards, before, after):
+        """tempflow_grpo.py's credit by step, also as samples/steps.png.
+
+        rewards: (K, N, B). reward_std_by_step: std over the branches of a seed, averaged [TF] figure 2. before, after:
+        (K,) size of the loss's gradient at the velocity, without and with the weights of the steps.
+        """
+        spread = rewards.std(2, correction=0).mean(1)
+        metrics = {"reward_std_by_step": spread, "gradient_by_step": before, "gradient_by_step_weighted": after}
+        metrics = {name: values.tolist() for name, values in metrics.items()}
+        line_chart(metrics, self.samples / "steps.png", branch_at)
+        return {"branch_steps": branch_at} | metrics
 
     def save(self):
         """checkpoint.pt and lora/, written aside and renamed, so that a crash never leaves half a file."""
@@ -826,7 +855,7 @@ class Stats:
         """
         value = {name: torch.cat(parts).float().cpu() for name, parts in self.values.items()}
         log_ratio, advantage, step = value.pop("log_ratio"), value.pop("advantage"), value.pop("first_step").long()
-        ratio, first_error = log_ratio.exp(), (value.pop("first_log_ratio").exp() - 1).abs()
+        ratio, first_error = log_ratio.exp(), (value.pop("first_log_ratio").exp() - 1).abs().view(len(step), -1)
         by_step = [first_error[step == n].max().item() for n in step.unique()]
         return {
             "ratio_mean": ratio.mean().item(),
@@ -875,7 +904,7 @@ def side_by_side(left, right, path):
     sheet.save(path)
 
 
-def line_chart(series, path, size=(520, 220)):
+def line_chart(series, path, labels=None, size=(520, 220)):
     """Save {title: [values]} as charts over the steps, one below the other, each from 0 to its maximum."""
     from PIL import Image, ImageDraw
 
@@ -891,7 +920,7 @@ def line_chart(series, path, size=(520, 220)):
         draw.line(points, "blue", 2)
         for i, (x, y) in enumerate(points):
             draw.ellipse([x - 3, y - 3, x + 3, y + 3], "blue")
-            draw.text((x - 3, bottom + 6), str(i), "black")
+            draw.text((x - 3, bottom + 6), str(labels[i] if labels else i), "black")
     sheet.save(path)
 
 

@@ -76,13 +76,15 @@ class Args:
 # Settings that depend on the model: [FG]'s for SD3; for tiny what was found by trying (README).
 DEFAULTS = {
     "tiny": dict(
-        iterations=60, prompts_per_iteration=8, group_size=12, micro_batch=48, steps=10, guidance=1.0, resolution=32,
-        noise_level=0.7, learning_rate=1e-3, clip_range=1e-3, ema_decay=0.0, lora_rank=16, lora_alpha=32.0,
+        iterations=60, prompts_per_iteration=8, group_size=12,
+        micro_batch=48, steps=10, guidance=1.0, resolution=32, noise_level=0.7,
+        learning_rate=1e-3, clip_range=1e-3, ema_decay=0.0, lora_rank=16, lora_alpha=32.0,
         eval_every=10, eval_steps=10, eval_seeds=4,
     ),
     "sd3": dict(
-        iterations=1000, prompts_per_iteration=48, group_size=24, micro_batch=8, steps=10, guidance=4.5, resolution=512,
-        noise_level=0.7, learning_rate=3e-4, clip_range=1e-4, ema_decay=0.9, lora_rank=32, lora_alpha=64.0,
+        iterations=1000, prompts_per_iteration=48, group_size=24,
+        micro_batch=8, steps=10, guidance=4.5, resolution=512, noise_level=0.7,
+        learning_rate=3e-4, clip_range=1e-4, ema_decay=0.9, lora_rank=32, lora_alpha=64.0,
         eval_every=30, eval_steps=40, eval_seeds=1,
     ),
 }  # fmt: skip
@@ -122,9 +124,9 @@ def transition_logp(policy, text, owner, x, x_next, sigmas, s, step, image):
 def adaptive_chunks(l1rel, longest, order=1):
     """Sizes of the chunks of consecutive steps whose derivative of L1rel has the same sign, [GC] section 4.3.
 
-    l1rel: (n,) tensor. A step has the sign of the order-th difference that ends at it; a zero keeps the sign before it,
-    the first steps take the first sign there is. A sign that never changes splits at the midpoint. Chunks over `longest`
-    are cut again, by the next order. ([GC] is silent on the edges and on `longest`; its released code has no such cuts.)
+    l1rel: (n,) tensor. A step has the sign of the order-th difference that ends at it; a zero keeps the sign before,
+    the first steps take the first sign there is. A sign that never changes splits at the midpoint. Chunks of more than
+    `longest` are cut again, by the next order. ([GC] tells no edges and no `longest`; its code has fixed sizes only.)
     Example: 9 8 6 7 9, longest 3: differences -1 -2 1 2 give signs - - - + +, so sizes [3, 2].
     """
     if len(l1rel) <= longest:
@@ -139,19 +141,19 @@ def adaptive_chunks(l1rel, longest, order=1):
 def draw_chunks(l1rel, sizes, fraction, weighted, generator):
     """Draw chunks of a trajectory without replacement, uniformly or by their mean L1rel [GC] eq. 17.
 
-    l1rel: (T - 1,); sizes: list of K. Returns same (T - 1, T - 1), 1 where two steps share a drawn chunk, and their count.
+    l1rel: (T - 1,); sizes: K of them. Returns (T - 1, T - 1), 1 where two steps share a drawn chunk, and their count.
     """
     weight = torch.stack([piece.mean() if weighted else torch.ones(()) for piece in l1rel.split(sizes)])
-    drawn = weight.multinomial(max(1, int(fraction * len(sizes) + 1e-9)), generator=generator).tolist()
+    drawn = weight.multinomial(max(1, int(fraction * len(sizes) + 0.5)), generator=generator).tolist()
     return torch.block_diag(*(torch.full((n, n), float(j in drawn)) for j, n in enumerate(sizes))), len(drawn)
 
 
 def main(args):
     sizes = common.parse_chunks(args)  # GCPO
-    common.settle_batch(args, args.group_size)
+    P, G, U = args.prompts_per_iteration, args.group_size, args.updates_per_iteration
+    N = common.settle_batch(args, P * G, G)
     reward, eval_reward = common.prepare_rewards(args, get_reward)
     prompts = common.read_prompts(args.prompts)
-    P, G, U, N = args.prompts_per_iteration, args.group_size, args.updates_per_iteration, args.images
 
     policy = common.Policy(args)
     optimizer = torch.optim.AdamW(policy.parameters, args.learning_rate, weight_decay=0.0)
@@ -159,7 +161,7 @@ def main(args):
     sigmas = policy.sigmas(args.steps)
     s = noise_scale(sigmas, args.sde, args.noise_level)  # (T - 1,)
     owner = torch.arange(N) // G  # (N,) the prompt of each image
-    common.print_plan(args, sigmas, s)
+    common.print_plan(args, N, sigmas, s)
 
     with common.Run(args, policy, optimizer, ema, reward, eval_reward) as run:
         for iteration in run.iterations():

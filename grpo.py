@@ -70,13 +70,15 @@ class Args:
 # Settings that depend on the model: [FG]'s for SD3; for tiny what was found by trying (README).
 DEFAULTS = {
     "tiny": dict(
-        iterations=60, prompts_per_iteration=8, group_size=12, micro_batch=48, steps=10, guidance=1.0, resolution=32,
-        noise_level=0.7, learning_rate=1e-3, clip_range=1e-3, ema_decay=0.0, lora_rank=16, lora_alpha=32.0,
+        iterations=60, prompts_per_iteration=8, group_size=12,
+        micro_batch=48, steps=10, guidance=1.0, resolution=32, noise_level=0.7,
+        learning_rate=1e-3, clip_range=1e-3, ema_decay=0.0, lora_rank=16, lora_alpha=32.0,
         eval_every=10, eval_steps=10, eval_seeds=4,
     ),
     "sd3": dict(
-        iterations=1000, prompts_per_iteration=48, group_size=24, micro_batch=8, steps=10, guidance=4.5, resolution=512,
-        noise_level=0.7, learning_rate=3e-4, clip_range=1e-4, ema_decay=0.9, lora_rank=32, lora_alpha=64.0,
+        iterations=1000, prompts_per_iteration=48, group_size=24,
+        micro_batch=8, steps=10, guidance=4.5, resolution=512, noise_level=0.7,
+        learning_rate=3e-4, clip_range=1e-4, ema_decay=0.9, lora_rank=32, lora_alpha=64.0,
         eval_every=30, eval_steps=40, eval_seeds=1,
     ),
 }  # fmt: skip
@@ -113,10 +115,10 @@ def transition_logp(policy, text, owner, x, x_next, sigmas, s, step, image):
 
 
 def main(args):
-    common.settle_batch(args, args.group_size)
+    P, G, U = args.prompts_per_iteration, args.group_size, args.updates_per_iteration
+    N = common.settle_batch(args, P * G, G)
     reward, eval_reward = common.prepare_rewards(args, get_reward)
     prompts = common.read_prompts(args.prompts)
-    P, G, U, N = args.prompts_per_iteration, args.group_size, args.updates_per_iteration, args.images
 
     policy = common.Policy(args)
     optimizer = torch.optim.AdamW(policy.parameters, args.learning_rate, weight_decay=0.0)
@@ -124,7 +126,7 @@ def main(args):
     sigmas = policy.sigmas(args.steps)
     s = noise_scale(sigmas, args.sde, args.noise_level)  # (T - 1,)
     owner = torch.arange(N) // G  # (N,) the prompt of each image
-    common.print_plan(args, sigmas, s)
+    common.print_plan(args, N, sigmas, s)
 
     with common.Run(args, policy, optimizer, ema, reward, eval_reward) as run:
         for iteration in run.iterations():

@@ -1,0 +1,250 @@
+"""TempFlow-GRPO for flow-matching text-to-image models: GRPO that credits single steps ([TF], arXiv 2508.04324).
+
+    python tempflow_grpo.py                        # the bundled tiny model, minutes on a laptop
+    python tempflow_grpo.py --prompts data.txt     # Stable Diffusion 3.5 Medium with LoRA, on a CUDA GPU
+
+One iteration: sample a group of images for every prompt with the SDE (rollout), score them (reward), compare each with
+its group (advantage), and raise the probability of the transitions that led to the better ones (update).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from diffusers.training_utils import EMAModel
+from transformers.hf_argparser import HfArg
+
+import common
+from common import group_advantage, log_prob, noise_scale, sde_mean_std
+from rewards import get_reward
+
+
+@dataclass
+class Args:
+    prompts: str | None = HfArg(default=None, help="text file, one prompt a line; default: the tiny model's")
+    model: str | None = HfArg(default=None, help="diffusers repository or folder; default: SD3.5-Medium or tiny")
+    reward: str | None = HfArg(default=None, help="name or weighted sum; default: shapes for tiny, else pickscore")
+    output: str | None = HfArg(default=None, help="run folder; default: runs/<script>-<model>-<seed>-<time>")
+    resume: str | None = HfArg(default=None, help="run folder to go on with, with its settings and random state")
+    seed: int = HfArg(default=0, help="everything random follows from it")
+    iterations: int | None = HfArg(default=None, help="rollout-and-update rounds; default: by model")
+    # batch: all of it
+    prompts_per_iteration: int | None = HfArg(default=None, help="P; default: by model")
+    # TempFlow: seeds x branches in place of the group size
+    seeds_per_prompt: int | None = HfArg(default=None, help="S, initial noises a prompt; default: by model")
+    branches: int | None = HfArg(default=None, help="B, branches at each step of a seed; default: by model")
+    branch_steps: str = HfArg(default="all", help="where to branch: all, a list 0,1,2, or how many at random")
+    group: Literal["seed", "prompt"] = HfArg(default="seed", help="whose branches a branch is compared with")
+    weighting: Literal["noise", "none"] = HfArg(default="noise", help="the loss of a step times s sqrt(Delta), or 1")
+    updates_per_iteration: int = HfArg(default=2, help="U, optimizer steps a rollout, each on its share of the images")
+    micro_batch: int | None = HfArg(default=None, help="M, latents in one forward: time for memory; default: by model")
+    # rollout
+    steps: int | None = HfArg(default=None, help="T, sampling steps; default: by model")
+    guidance: float | None = HfArg(default=None, help="classifier-free guidance, off at 1; default: by model")
+    resolution: int | None = HfArg(default=None, help="pixels a side; default: by model")
+    noise_level: float | None = HfArg(default=None, help="a of flow, eta of dance; default: by model and sde")
+    sde: Literal["flow", "dance"] = HfArg(default="flow", help="noise scale of the steps: Flow-GRPO's or DanceGRPO's")
+    # update
+    learning_rate: float | None = HfArg(default=None, help="of AdamW; default: by model")
+    clip_range: float | None = HfArg(default=None, help="eps of the ratio's clip; default: by model")
+    adv_clip: float = HfArg(default=5.0, help="largest advantage")
+    adv_std: Literal["group", "batch"] = HfArg(default="group", help="what the advantage is divided by")
+    kl_coef: float = HfArg(default=0.0, help="beta, weight of the KL to the base model; 0 saves its forward passes")
+    max_grad_norm: float = HfArg(default=1.0, help="gradient norm is clipped to this")
+    ema_decay: float | None = HfArg(default=None, help="moving average of the adapter, off at 0; default: by model")
+    # model
+    lora_rank: int | None = HfArg(default=None, help="default: by model")
+    lora_alpha: float | None = HfArg(default=None, help="default: by model")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = HfArg(
+        default=None, help="of the frozen weights; default: bfloat16 on CUDA, float32 for tiny and on a CPU"
+    )
+    device: str | None = HfArg(default=None, help="default: cuda if there is one, else cpu")
+    gradient_checkpointing: bool = HfArg(default=False, help="less memory in training, a third more time")
+    compile: bool = HfArg(default=False, help="torch.compile the transformer's blocks")
+    # evaluation and saving
+    eval_prompts: str | None = HfArg(default=None, help="text file; default: held-out ones for tiny, else --prompts")
+    eval_every: int | None = HfArg(default=None, help="iterations between evaluations; default: by model")
+    eval_steps: int | None = HfArg(default=None, help="ODE steps of an evaluation; default: by model")
+    eval_seeds: int | None = HfArg(default=None, help="images a prompt in an evaluation; default: by model")
+    eval_reward: str | None = HfArg(default=None, help="held-out rewards to log beside the trained one")
+    save_every: int = HfArg(default=10, help="iterations between checkpoints")
+    wandb: str | None = HfArg(default=None, help="project to log to as well")
+
+
+# Settings that depend on the model: [FG]'s for SD3; for tiny what was found by trying (README).
+DEFAULTS = {
+    "tiny": dict(
+        iterations=60, prompts_per_iteration=4, seeds_per_prompt=2, branches=6,
+        micro_batch=48, steps=10, guidance=1.0, resolution=32, noise_level=0.7,
+        learning_rate=1e-3, clip_range=1e-3, ema_decay=0.0, lora_rank=16, lora_alpha=32.0,
+        eval_every=10, eval_steps=10, eval_seeds=4,
+    ),
+    "sd3": dict(
+        iterations=1000, prompts_per_iteration=48, seeds_per_prompt=4, branches=6,
+        micro_batch=8, steps=10, guidance=4.5, resolution=512, noise_level=0.7,
+        learning_rate=3e-4, clip_range=1e-4, ema_decay=0.9, lora_rank=32, lora_alpha=64.0,
+        eval_every=30, eval_steps=40, eval_seeds=1,
+    ),
+}  # fmt: skip
+
+
+# TempFlow: the trunk of a seed is an ODE trajectory; B branches leave it at each of the steps branch_at
+@torch.no_grad()
+def rollout(policy, text, owner, noise, sigmas, s, branch_at, progress=lambda steps: steps):
+    """Sample trunks by ODE, and branches that leave them by one SDE step and are finished by ODE.
+
+    text: of the prompts; owner: (N,) the prompt of each seed; noise: (N, C, H, W) of the trunks, then K of (N, B, C, H,
+    W); sigmas: (T + 1,); s: (T - 1,) noise scales; branch_at: K steps in order. What lives at a step goes through the
+    network together, in one pass over the steps. Returns the trunks x (T - 1, N, C, H, W), the branches' first states
+    x_next (T - 1, N, B, C, H, W), logp (T - 1, N, B) (0 where a step has no branches), and the ends (K, N, B, C, H, W).
+    """
+    trunk, (N, B) = noise[0], noise[1].shape[:2]
+    x, logp = trunk.new_zeros(len(s), *trunk.shape), trunk.new_zeros(len(s), N, B)
+    x_next = trunk.new_zeros(len(s), N, B, *trunk.shape[1:])
+    live, live_owner = trunk[:0], owner[:0]
+    for step in progress(range(len(s) + 1)):
+        stem = trunk if step <= branch_at[-1] else trunk[:0]  # after the last branches nothing needs the trunk
+        latents, owners = torch.cat([stem, live]), torch.cat([owner[: len(stem)], live_owner])
+        velocity = policy.velocity_in_micro_batches(latents, sigmas[step], text, owners)
+        moved = latents - (sigmas[step] - sigmas[step + 1]) * velocity
+        live = moved[len(stem) :]
+        if step in branch_at:
+            mean, std = sde_mean_std(trunk, velocity[:N], sigmas[step], sigmas[step + 1], s[step])
+            x[step], x_next[step] = trunk, mean[:, None] + std * noise[1 + branch_at.index(step)]
+            logp[step] = log_prob(x_next[step], mean[:, None], std, batch_dims=2)
+            live = torch.cat([live, x_next[step].flatten(0, 1)])
+            live_owner = torch.cat([live_owner, owner.repeat_interleave(B)])
+        trunk = moved[: len(stem)]
+    return x, x_next, logp, live.view(len(branch_at), N, B, *trunk.shape[1:])
+
+
+def step_weights(sigmas, s, sde, weighting, branch_at):
+    """Weights of the steps' losses: (T - 1,), mean 1 over the steps branch_at.
+
+    "noise" [TF]: the gradient of logp at the velocity is in proportion to (sqrt(Delta) / s) (1 + s^2 (1 - sigma) / (2
+    sigma)), so without weights the steps of low noise dominate. The inverse is s sqrt(Delta) over that bracket, which
+    is constant for `flow` (but at sigma = 1) and left out by [TF]. Its code has 1 / mean as a number, for one schedule.
+    """
+    sigma, delta = sigmas[:-2], (sigmas[:-1] - sigmas[1:])[:-1]
+    weight = s * delta.sqrt() / (1 + s**2 * (1 - sigma) / (2 * sigma) if sde == "dance" else 1)
+    weight = weight if weighting == "noise" else torch.ones_like(weight)
+    return weight / weight[branch_at].mean()
+
+
+def gradient_scale(advantage, noise, sigmas, s, branch_at):
+    """Size of the gradient of A * logp at the velocity, by step (K,): root mean square over seeds and dimensions.
+
+    advantage: (K, N, B); noise: K of (N, B, C, H, W), the branches'. It is sum_b A_b eps_b / B times (sqrt(Delta) / s)
+    (1 + s^2 (1 - sigma) / (2 sigma)), but for the number of dimensions.
+    """
+    sigma, delta, s = sigmas[branch_at], (sigmas[:-1] - sigmas[1:])[branch_at], s[branch_at]
+    pull = torch.stack([(a[..., None] * e.flatten(2)).mean(1).square().mean().sqrt() for a, e in zip(advantage, noise)])
+    return pull * delta.sqrt() / s * (1 + s**2 * (1 - sigma) / (2 * sigma))
+
+
+def transition_logp(policy, text, owner, x, x_next, sigmas, s, step, image):
+    """Log-prob of stored transitions under the policy as it is now.
+
+    x, x_next: (T - 1, N, C, H, W), (T - 1, N, B, C, H, W) states before and after each transition; step, image: (M,)
+    which ones; the rest as in rollout. Returns logp (M, B), and the Gaussian's mean (M, C, H, W) and std (M, 1, 1, 1).
+    """
+    velocity = policy.velocity(x[step, image], sigmas[step], text, owner[image])
+    mean, std = sde_mean_std(x[step, image], velocity, sigmas[step], sigmas[step + 1], s[step])
+    # TempFlow: branches that left the same state share its velocity: one forward and backward for all B of them
+    return log_prob(x_next[step, image], mean[:, None], std[:, None], batch_dims=2), mean, std
+
+
+def main(args):
+    # TempFlow: N trunks, one a seed, each with K x B branches
+    P, S, U, B = args.prompts_per_iteration, args.seeds_per_prompt, args.updates_per_iteration, args.branches
+    N = common.settle_batch(args, P * S, B if args.group == "seed" else S * B, usual=6)
+    branch_steps = common.parse_branch_steps(args)
+    reward, eval_reward = common.prepare_rewards(args, get_reward)
+    prompts = common.read_prompts(args.prompts)
+
+    policy = common.Policy(args)
+    optimizer = torch.optim.AdamW(policy.parameters, args.learning_rate, weight_decay=0.0)
+    ema = EMAModel(policy.parameters, args.ema_decay) if args.ema_decay else None
+    sigmas = policy.sigmas(args.steps)
+    s = noise_scale(sigmas, args.sde, args.noise_level)  # (T - 1,)
+    owner = torch.arange(N) // S  # (N,) the prompt of each seed
+    branch_at = branch_steps if isinstance(branch_steps, list) else list(range(len(s)))
+    common.print_plan(args, N, sigmas, s, step_weights(sigmas, s, args.sde, args.weighting, branch_at), B)
+
+    with common.Run(args, policy, optimizer, ema, reward, eval_reward) as run:
+        for iteration in run.iterations():
+            # rollout
+            with run.phase("rollout"):
+                batch = common.iteration_prompts(prompts, P, iteration, args.seed)
+                text = policy.encode(batch)
+                generator = common.generator(args.seed, "noise", iteration)
+                if isinstance(branch_steps, int):  # TempFlow: as many, drawn anew
+                    branch_at = torch.randperm(len(s), generator=generator)[:branch_steps].sort().values.tolist()
+                noise = [policy.noise(N, generator)]
+                noise += [policy.noise(N * B, generator).unflatten(0, (N, B)) for _ in branch_at]
+                progress = run.progress("rollout")
+                x, x_next, old_logp, latents = rollout(policy, text, owner, noise, sigmas, s, branch_at, progress)
+
+            # reward
+            with run.phase("reward"):
+                images = policy.decode(latents.flatten(0, 2))  # TempFlow: (K N B, 3, H, W)
+                rewards, parts = reward(images, [batch[n] for n in owner.repeat_interleave(B)] * len(branch_at))
+
+            # advantage
+            # TempFlow: a branch is compared with those that left the same state, and credits that step alone
+            groups = rewards.view(-1, B) if args.group == "seed" else rewards.view(-1, S * B)
+            advantage, zero_std_groups = group_advantage(groups, args.adv_std, args.adv_clip)
+            weight = step_weights(sigmas, s, args.sde, args.weighting, branch_at)
+            branch_advantage = advantage.view(-1, N, B).to(policy.device)  # (K, N, B)
+            gradient = gradient_scale(branch_advantage, noise[1:], sigmas, s, branch_at)
+            advantage = torch.zeros_like(old_logp)
+            advantage[branch_at] = branch_advantage  # (T - 1, N, B)
+
+            # update
+            stats = common.Stats()
+            with run.phase("train"):
+                for update, part in enumerate(torch.arange(N).view(U, -1)):
+                    # Step by step, so that a micro-batch is like one of the rollout: same function, dtype and shapes.
+                    # Then the ratio is 1 in the first update, exactly, as no weight has changed since the rollout; and
+                    # its gradient is A * grad log p. Another ratio there means that rollout and training disagree, and
+                    # every later ratio is wrong by as much.
+                    step, image = torch.cartesian_prod(torch.tensor(branch_at), part).T
+                    for mb in run.progress("update")(torch.arange(len(step)).split(args.micro_batch)):
+                        mb_step, mb_image = step[mb], image[mb]
+                        transitions = (text, owner, x, x_next, sigmas, s, mb_step, mb_image)
+                        logp, mean, std = transition_logp(policy, *transitions)
+                        log_ratio = logp - old_logp[mb_step, mb_image]
+                        mb_advantage = advantage[mb_step, mb_image]
+                        ratio = log_ratio.exp()
+                        clipped = ratio.clamp(1 - args.clip_range, 1 + args.clip_range)
+                        loss = torch.maximum(-mb_advantage * ratio, -mb_advantage * clipped)
+                        loss = loss.mean(1) * weight[mb_step]  # (M,) TempFlow: mean of the branches, weight of the step
+                        if args.kl_coef > 0:  # divided by the sampler's own variance; [FG] leaves Delta out
+                            with policy.reference():
+                                _, mean_ref, _ = transition_logp(policy, *transitions)
+                            kl = ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(1)
+                            loss = loss + args.kl_coef * kl
+                            stats.add(kl_ref=kl)
+                        (loss / len(branch_at)).sum().div(len(part)).backward()
+                        stats.add(loss=loss, log_ratio=log_ratio, advantage=mb_advantage)
+                        if update == 0:
+                            stats.add(first_log_ratio=logp - old_logp[mb_step, mb_image], first_step=mb_step)
+                    stats.add(grad_norm=run.update())
+
+            # log
+            run.images += len(images)
+            run.log(
+                {
+                    "iteration": iteration,
+                    "reward_mean": rewards.mean().item(),
+                    "reward_std": rewards.std().item(),
+                    **{f"reward/{name}": scores.mean().item() for name, scores in parts.items()},
+                    "zero_std_groups": zero_std_groups,
+                    **stats.metrics(args.clip_range),
+                    **run.step_metrics(branch_at, rewards.view(-1, N, B), gradient, gradient * weight[branch_at]),
+                }
+            )
+
+
+if __name__ == "__main__":
+    common.run_script(main, Args, DEFAULTS)
