@@ -160,24 +160,38 @@ FAMILIES = {"StableDiffusion3Pipeline": ("sd3", SD3)}
 
 def find_family(model):
     """Which defaults a model takes ("tiny", "sd3"), and its pipeline's class name; StopRun where it is none of ours."""
-    from diffusers import DiffusionPipeline
-
-    folder = TINY if model == "tiny" else model
+    folder = str(TINY) if model == "tiny" else model
+    index = Path(folder, "model_index.json") if Path(folder).exists() else fetch_index(model)
     try:
-        name = DiffusionPipeline.load_config(str(folder))["_class_name"]
-    except Exception as error:  # diffusers and the hub raise many kinds here, all about not getting the file
-        if Path(model).exists():
-            raise StopRun(f"{model} is no diffusers pipeline (model_index.json is missing or broken); give its folder")
-        text = " ".join(str(error).split())
-        if "gated" in text.lower() or "401" in text:
-            raise StopRun(
-                f"{model} cannot be read; where it is gated, accept its licence on the page https://huggingface.co/"
-                f"{model} and log in with `hf auth login`; check the spelling too"
-            )
-        raise StopRun(f"model {model} is no folder here and cannot be fetched; check name and network ({text[:150]})")
+        name = json.loads(Path(index).read_text("utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise StopRun(f"--model {model} is no diffusers pipeline, its model_index.json cannot be read; give its folder")
     if name not in FAMILIES:
         raise StopRun(f"{model} is a {name}; this code knows {', '.join(FAMILIES)}")
     return ("tiny" if Path(folder).resolve() == TINY else FAMILIES[name][0]), name
+
+
+def fetch_index(model):
+    """The path of a repository's model_index.json, from the cache or the hub."""
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        cached = try_to_load_from_cache(model, "model_index.json")
+        if isinstance(cached, str):
+            return cached
+        HfApi().model_info(model, timeout=10)  # fails at once where a download would try again and again
+        return hf_hub_download(model, "model_index.json")
+    except HFValidationError:
+        raise StopRun(f"--model {model} is no folder here and no name of a repository; give one of them")
+    except (GatedRepoError, RepositoryNotFoundError):
+        raise StopRun(
+            f"--model {model} is not there or is gated; check the spelling, accept the licence on its page "
+            f"https://huggingface.co/{model} and log in with `hf auth login`"
+        )
+    except Exception as error:  # whatever the network does
+        reason = " ".join(str(error).split())[:150]
+        raise StopRun(f"--model {model} is no folder here and cannot be fetched; check name and network ({reason})")
 
 
 class Policy:
@@ -575,8 +589,11 @@ class Run:
     saved.
     """
 
-    def __init__(self, args, policy, optimizer, ema, reward, eval_reward):
-        self.args, self.policy, self.optimizer, self.ema = args, policy, optimizer, ema
+    def __init__(self, args, policy, optimizer, reward, eval_reward):
+        from diffusers.training_utils import EMAModel
+
+        self.args, self.policy, self.optimizer = args, policy, optimizer
+        self.ema = EMAModel(policy.parameters, args.ema_decay) if args.ema_decay else None
         self.reward, self.eval_reward = reward, eval_reward
         self.folder, self.samples = Path(args.output), Path(args.output) / "samples"
         self.iteration = 0  # the last complete one

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from diffusers.training_utils import EMAModel
 from transformers.hf_argparser import HfArg
 
 import common
@@ -76,7 +75,7 @@ class Args:
 # Settings that depend on the model: [FG]'s for SD3; for tiny what was found by trying (README).
 DEFAULTS = {
     "tiny": dict(
-        iterations=60, prompts_per_iteration=8, group_size=12,
+        iterations=80, prompts_per_iteration=8, group_size=12,
         micro_batch=48, steps=10, guidance=1.0, resolution=32, noise_level=0.7,
         learning_rate=1e-3, clip_range=1e-3, ema_decay=0.0, lora_rank=16, lora_alpha=32.0,
         eval_every=10, eval_steps=10, eval_seeds=4,
@@ -157,13 +156,12 @@ def main(args):
 
     policy = common.Policy(args)
     optimizer = torch.optim.AdamW(policy.parameters, args.learning_rate, weight_decay=0.0)
-    ema = EMAModel(policy.parameters, args.ema_decay) if args.ema_decay else None
     sigmas = policy.sigmas(args.steps)
     s = noise_scale(sigmas, args.sde, args.noise_level)  # (T - 1,)
     owner = torch.arange(N) // G  # (N,) the prompt of each image
     common.print_plan(args, N, sigmas, s)
 
-    with common.Run(args, policy, optimizer, ema, reward, eval_reward) as run:
+    with common.Run(args, policy, optimizer, reward, eval_reward) as run:
         for iteration in run.iterations():
             # rollout
             with run.phase("rollout"):

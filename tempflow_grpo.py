@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from diffusers.training_utils import EMAModel
 from transformers.hf_argparser import HfArg
 
 import common
@@ -164,14 +163,13 @@ def main(args):
 
     policy = common.Policy(args)
     optimizer = torch.optim.AdamW(policy.parameters, args.learning_rate, weight_decay=0.0)
-    ema = EMAModel(policy.parameters, args.ema_decay) if args.ema_decay else None
     sigmas = policy.sigmas(args.steps)
     s = noise_scale(sigmas, args.sde, args.noise_level)  # (T - 1,)
     owner = torch.arange(N) // S  # (N,) the prompt of each seed
     branch_at = branch_steps if isinstance(branch_steps, list) else list(range(len(s)))
     common.print_plan(args, N, sigmas, s, step_weights(sigmas, s, args.sde, args.weighting, branch_at), B)
 
-    with common.Run(args, policy, optimizer, ema, reward, eval_reward) as run:
+    with common.Run(args, policy, optimizer, reward, eval_reward) as run:
         for iteration in run.iterations():
             # rollout
             with run.phase("rollout"):
