@@ -53,15 +53,20 @@ def noise_scale(sigmas, kind, level):
     return level * (sigmas / (1 - inner)).sqrt()[:-2]
 
 
+def wide(x):
+    """float16 and bfloat16 as float32, in which all of the sampler is computed; float32 and float64 as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def sde_mean_std(x, velocity, sigma, sigma_next, s):
     """Mean and standard deviation of one SDE step with the ODE's marginals, for any noise scale s >= 0 [FG] eq. 9.
 
     x, velocity: (B, ...) latents and velocity at sigma; sigma, sigma_next, s: numbers or (B,) tensors. Returns mean
-    like x and std as (B or 1, 1, ...), both float32. With s = 0 the mean is the ODE's Euler step, exactly.
+    like x and std as (B or 1, 1, ...), float32 or wider. With s = 0 the mean is the ODE's Euler step, exactly.
     """
-    x, velocity = x.float(), velocity.float()
+    x, velocity = wide(x), wide(velocity)
     sigma, sigma_next, s = (
-        torch.as_tensor(value, dtype=torch.float32, device=x.device).view(-1, *[1] * (x.dim() - 1))
+        torch.as_tensor(value, dtype=x.dtype, device=x.device).view(-1, *[1] * (x.dim() - 1))
         for value in (sigma, sigma_next, s)
     )
     delta = sigma - sigma_next
@@ -78,7 +83,7 @@ def log_prob(x, mean, std, batch_dims=1):
     The sum is the true log-probability of the step. Every published implementation takes the mean instead, which makes
     ratios independent of the resolution, and is the reason why clip ranges are 1e-5 to 1e-3 and not 0.2.
     """
-    logp = -((x.float() - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
+    logp = -((wide(x) - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
     return logp.flatten(batch_dims).mean(-1)
 
 
@@ -286,7 +291,7 @@ class Policy:
             without, with_text = velocity.chunk(2)
             velocity = without + self.guidance * (with_text - without)
         self.velocity_evals += count * (2 if self.guidance > 1 else 1) * (3 if torch.is_grad_enabled() else 1)
-        return velocity[:count].float()
+        return wide(velocity[:count])
 
     def sigmas(self, steps):
         """(steps + 1,) noise levels of the pipeline's own scheduler, from 1 to 0."""
@@ -526,7 +531,7 @@ def prepare_rewards(args, get_reward):
 
 
 def print_plan(args, count, sigmas, s, weight=None, branches=0):
-    """One line of batch arithmetic, and what each step does: its weight is 1 in all if none is given."""
+    """One line of batch arithmetic, and a table of the steps. weight: {step: weight of its loss}, default 1 for all."""
     branching = f" with {branches} branches a step" if branches else ""
     print(
         f"{args.iterations} iterations of {args.prompts_per_iteration} prompts x "
@@ -536,7 +541,7 @@ def print_plan(args, count, sigmas, s, weight=None, branches=0):
     print("step   sigma   Delta       s     std  weight")
     for n, scale in enumerate(s):
         delta = sigmas[n] - sigmas[n + 1]
-        w = 1.0 if weight is None else weight[n]
+        w = 1.0 if weight is None else weight.get(n, 0.0)
         print(f"{n:4d}  {sigmas[n]:6.4f}  {delta:6.4f}  {scale:6.4f}  {scale * delta.sqrt():6.4f}  {w:6.4f}")
     print(f"{len(s):4d}  {sigmas[-2]:6.4f}  {sigmas[-2]:6.4f}     ODE step, not trained", flush=True)
 
@@ -754,14 +759,15 @@ class Run:
         line_chart(charts, self.samples / "chunks.png")
         return {"l1rel_by_step": curve, "chunk_cuts": cuts, "l1rel_prompt_share": between.tolist()}
 
-    def step_metrics(self, branch_at, rewards, before, after):
+    def step_metrics(self, branch_at, rewards, gradient, weight):
         """tempflow_grpo.py's credit by step, also as samples/steps.png.
 
-        rewards: (K, N, B). reward_std_by_step: std over the branches of a seed, averaged [TF] figure 2. before, after:
-        (K,) size of the loss's gradient at the velocity, without and with the weights of the steps.
+        rewards: (K, N, B). reward_std_by_step: std over the branches of a seed, averaged [TF] figure 2. gradient,
+        weight: (K,) size of d logp / d velocity, and the steps' weights; logged without and with them, with mean 1.
         """
-        spread = rewards.std(2, correction=0).mean(1)
-        metrics = {"reward_std_by_step": spread, "gradient_by_step": before, "gradient_by_step_weighted": after}
+        spread, pull = rewards.std(2, correction=0).mean(1), gradient * weight
+        metrics = {"reward_std_by_step": spread, "gradient_by_step": gradient / gradient.mean()}
+        metrics |= {"gradient_by_step_weighted": pull / pull.mean()}
         metrics = {name: values.tolist() for name, values in metrics.items()}
         line_chart(metrics, self.samples / "steps.png", branch_at)
         return {"branch_steps": branch_at} | metrics

@@ -108,14 +108,16 @@ def rollout(policy, text, owner, noise, sigmas, s, progress=lambda steps: steps)
     return torch.stack(x), torch.stack(logp)
 
 
-def transition_logp(policy, text, owner, x, x_next, sigmas, s, step, image):
+def transition_logp(policy, text, owner, levels, x, x_next, step, image):
     """Log-prob of stored transitions under the policy as it is now.
 
-    x, x_next: (T - 1, N, C, H, W) states before and after each transition; step, image: (M,) which ones; the rest as in
-    rollout. Returns logp (M,), and the Gaussian's mean (M, C, H, W) and std (M, 1, 1, 1).
+    text, owner: as in rollout; levels: sigma, sigma_next and s, (T - 1,) each; x, x_next: (T - 1, N, C, H, W) states
+    before and after each transition; step, image: (M,) which transitions. Returns logp (M,), and the Gaussian's mean
+    (M, C, H, W) and std (M, 1, 1, 1).
     """
-    velocity = policy.velocity(x[step, image], sigmas[step], text, owner[image])
-    mean, std = sde_mean_std(x[step, image], velocity, sigmas[step], sigmas[step + 1], s[step])
+    sigma, sigma_next, scale = (level[step] for level in levels)
+    velocity = policy.velocity(x[step, image], sigma, text, owner[image])
+    mean, std = sde_mean_std(x[step, image], velocity, sigma, sigma_next, scale)
     return log_prob(x_next[step, image], mean, std), mean, std
 
 
@@ -158,6 +160,7 @@ def main(args):
     optimizer = torch.optim.AdamW(policy.parameters, args.learning_rate, weight_decay=0.0)
     sigmas = policy.sigmas(args.steps)
     s = noise_scale(sigmas, args.sde, args.noise_level)  # (T - 1,)
+    levels = sigmas[:-2], sigmas[1:-1], s  # sigma, sigma_next and s of every stochastic step
     owner = torch.arange(N) // G  # (N,) the prompt of each image
     common.print_plan(args, N, sigmas, s)
 
@@ -202,12 +205,12 @@ def main(args):
                     step, image = same[part].diagonal(dim1=1, dim2=2).T.nonzero().T
                     image, now = part[image], old_logp.clone()
                     for mb in (same[image, step].sum(1) > 1).nonzero()[:, 0].split(args.micro_batch) if update else ():
-                        transitions = (text, owner, x, x_next, sigmas, s, step[mb], image[mb])
+                        transitions = (text, owner, levels, x, x_next, step[mb], image[mb])
                         with torch.no_grad():
                             now[step[mb], image[mb]], _, _ = transition_logp(policy, *transitions)
                     for mb in run.progress("update")(torch.arange(len(step)).split(args.micro_batch)):
                         mb_step, mb_image = step[mb], image[mb]
-                        transitions = (text, owner, x, x_next, sigmas, s, mb_step, mb_image)
+                        transitions = (text, owner, levels, x, x_next, mb_step, mb_image)
                         logp, mean, std = transition_logp(policy, *transitions)
                         # GCPO: the ratio is the chunk's, a geometric mean. Only this transition's log-prob is live in
                         # it; the sum over transitions is the gradient of all, and memory does not grow with the chunk.

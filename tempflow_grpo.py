@@ -93,14 +93,12 @@ def rollout(policy, text, owner, noise, sigmas, s, branch_at, progress=lambda st
     """Sample trunks by ODE, and branches that leave them by one SDE step and are finished by ODE.
 
     text: of the prompts; owner: (N,) the prompt of each seed; noise: (N, C, H, W) of the trunks, then K of (N, B, C, H,
-    W); sigmas: (T + 1,); s: (T - 1,) noise scales; branch_at: K steps in order. What lives at a step goes through the
-    network together, in one pass over the steps. Returns the trunks x (T - 1, N, C, H, W), the branches' first states
-    x_next (T - 1, N, B, C, H, W), logp (T - 1, N, B) (0 where a step has no branches), and the ends (K, N, B, C, H, W).
+    W); sigmas: (T + 1,); s: (T - 1,) noise scales; branch_at: K steps in order. All that lives at a step goes through
+    the network together, in one pass over the steps. Returns x (K, N, C, H, W), the trunk where branches leave it,
+    x_next (K, N, B, C, H, W), where they are after their SDE step, its logp (K, N, B), and their ends, like x_next.
     """
     trunk, (N, B) = noise[0], noise[1].shape[:2]
-    x, logp = trunk.new_zeros(len(s), *trunk.shape), trunk.new_zeros(len(s), N, B)
-    x_next = trunk.new_zeros(len(s), N, B, *trunk.shape[1:])
-    live, live_owner = trunk[:0], owner[:0]
+    x, x_next, logp, live, live_owner = [], [], [], trunk[:0], owner[:0]
     for step in progress(range(len(s) + 1)):
         stem = trunk if step <= branch_at[-1] else trunk[:0]  # after the last branches nothing needs the trunk
         latents, owners = torch.cat([stem, live]), torch.cat([owner[: len(stem)], live_owner])
@@ -109,46 +107,43 @@ def rollout(policy, text, owner, noise, sigmas, s, branch_at, progress=lambda st
         live = moved[len(stem) :]
         if step in branch_at:
             mean, std = sde_mean_std(trunk, velocity[:N], sigmas[step], sigmas[step + 1], s[step])
-            x[step], x_next[step] = trunk, mean[:, None] + std * noise[1 + branch_at.index(step)]
-            logp[step] = log_prob(x_next[step], mean[:, None], std, batch_dims=2)
-            live = torch.cat([live, x_next[step].flatten(0, 1)])
+            x.append(trunk)
+            x_next.append(mean[:, None] + std * noise[len(x)])
+            logp.append(log_prob(x_next[-1], mean[:, None], std, batch_dims=2))
+            live = torch.cat([live, x_next[-1].flatten(0, 1)])
             live_owner = torch.cat([live_owner, owner.repeat_interleave(B)])
         trunk = moved[: len(stem)]
-    return x, x_next, logp, live.view(len(branch_at), N, B, *trunk.shape[1:])
+    x_next = torch.stack(x_next)
+    return torch.stack(x), x_next, torch.stack(logp), live.view_as(x_next)
 
 
-def step_weights(sigmas, s, sde, weighting, branch_at):
-    """Weights of the steps' losses: (T - 1,), mean 1 over the steps branch_at.
+def gradient_scale(sigma, sigma_next, s):
+    """Size of d logp / d velocity at each of K steps, (K,), but for a factor that all steps share."""
+    return (sigma - sigma_next).sqrt() / s * (1 + s**2 * (1 - sigma) / (2 * sigma))
 
-    "noise" [TF]: the gradient of logp at the velocity is in proportion to (sqrt(Delta) / s) (1 + s^2 (1 - sigma) / (2
-    sigma)), so without weights the steps of low noise dominate. The inverse is s sqrt(Delta) over that bracket, which
-    is constant for `flow` (but at sigma = 1) and left out by [TF]. Its code has 1 / mean as a number, for one schedule.
+
+def step_weights(sigma, sigma_next, s, sde, weighting="noise"):
+    """Weights of the losses of K steps, (K,), with mean 1 [TF]; sigma, sigma_next, s: (K,).
+
+    Without weights the steps of low noise dominate (gradient_scale). Delta over that scale, s sqrt(Delta) / (1 + s^2
+    (1 - sigma) / (2 sigma)), makes a step's pull its length Delta. For `flow` the bracket is constant (but at sigma =
+    1), and [TF] leaves it out: s sqrt(Delta). Its code has 1 / mean as a number, right for one schedule only.
     """
-    sigma, delta = sigmas[:-2], (sigmas[:-1] - sigmas[1:])[:-1]
-    weight = s * delta.sqrt() / (1 + s**2 * (1 - sigma) / (2 * sigma) if sde == "dance" else 1)
-    weight = weight if weighting == "noise" else torch.ones_like(weight)
-    return weight / weight[branch_at].mean()
+    delta = sigma - sigma_next
+    weight = s * delta.sqrt() if sde == "flow" else delta / gradient_scale(sigma, sigma_next, s)
+    return weight / weight.mean() if weighting == "noise" else torch.ones_like(weight)
 
 
-def gradient_scale(advantage, noise, sigmas, s, branch_at):
-    """Size of the gradient of A * logp at the velocity, by step (K,): root mean square over seeds and dimensions.
-
-    advantage: (K, N, B); noise: K of (N, B, C, H, W), the branches'. It is sum_b A_b eps_b / B times (sqrt(Delta) / s)
-    (1 + s^2 (1 - sigma) / (2 sigma)), but for the number of dimensions.
-    """
-    sigma, delta, s = sigmas[branch_at], (sigmas[:-1] - sigmas[1:])[branch_at], s[branch_at]
-    pull = torch.stack([(a[..., None] * e.flatten(2)).mean(1).square().mean().sqrt() for a, e in zip(advantage, noise)])
-    return pull * delta.sqrt() / s * (1 + s**2 * (1 - sigma) / (2 * sigma))
-
-
-def transition_logp(policy, text, owner, x, x_next, sigmas, s, step, image):
+def transition_logp(policy, text, owner, levels, x, x_next, step, image):
     """Log-prob of stored transitions under the policy as it is now.
 
-    x, x_next: (T - 1, N, C, H, W), (T - 1, N, B, C, H, W) states before and after each transition; step, image: (M,)
-    which ones; the rest as in rollout. Returns logp (M, B), and the Gaussian's mean (M, C, H, W) and std (M, 1, 1, 1).
+    text, owner: as in rollout; levels: sigma, sigma_next and s, (K,) each; x (K, N, C, H, W) and x_next (K, N, B, C, H,
+    W): states before and after each transition; step, image: (M,) which. Returns logp (M, B), and the Gaussian's mean
+    (M, C, H, W) and std (M, 1, 1, 1).
     """
-    velocity = policy.velocity(x[step, image], sigmas[step], text, owner[image])
-    mean, std = sde_mean_std(x[step, image], velocity, sigmas[step], sigmas[step + 1], s[step])
+    sigma, sigma_next, scale = (level[step] for level in levels)
+    velocity = policy.velocity(x[step, image], sigma, text, owner[image])
+    mean, std = sde_mean_std(x[step, image], velocity, sigma, sigma_next, scale)
     # TempFlow: branches that left the same state share its velocity: one forward and backward for all B of them
     return log_prob(x_next[step, image], mean[:, None], std[:, None], batch_dims=2), mean, std
 
@@ -167,7 +162,9 @@ def main(args):
     s = noise_scale(sigmas, args.sde, args.noise_level)  # (T - 1,)
     owner = torch.arange(N) // S  # (N,) the prompt of each seed
     branch_at = branch_steps if isinstance(branch_steps, list) else list(range(len(s)))
-    common.print_plan(args, N, sigmas, s, step_weights(sigmas, s, args.sde, args.weighting, branch_at), B)
+    levels = [level[branch_at] for level in (sigmas[:-2], sigmas[1:-1], s)]  # those of the branched steps, (K,) each
+    weight = step_weights(*levels, args.sde, args.weighting)
+    common.print_plan(args, N, sigmas, s, dict(zip(branch_at, weight)), B)
 
     with common.Run(args, policy, optimizer, reward, eval_reward) as run:
         for iteration in run.iterations():
@@ -178,6 +175,8 @@ def main(args):
                 generator = common.generator(args.seed, "noise", iteration)
                 if isinstance(branch_steps, int):  # TempFlow: as many, drawn anew
                     branch_at = torch.randperm(len(s), generator=generator)[:branch_steps].sort().values.tolist()
+                    levels = [level[branch_at] for level in (sigmas[:-2], sigmas[1:-1], s)]
+                    weight = step_weights(*levels, args.sde, args.weighting)
                 noise = [policy.noise(N, generator)]
                 noise += [policy.noise(N * B, generator).unflatten(0, (N, B)) for _ in branch_at]
                 progress = run.progress("rollout")
@@ -192,11 +191,7 @@ def main(args):
             # TempFlow: a branch is compared with those that left the same state, and credits that step alone
             groups = rewards.view(-1, B) if args.group == "seed" else rewards.view(-1, S * B)
             advantage, zero_std_groups = group_advantage(groups, args.adv_std, args.adv_clip)
-            weight = step_weights(sigmas, s, args.sde, args.weighting, branch_at)
-            branch_advantage = advantage.view(-1, N, B).to(policy.device)  # (K, N, B)
-            gradient = gradient_scale(branch_advantage, noise[1:], sigmas, s, branch_at)
-            advantage = torch.zeros_like(old_logp)
-            advantage[branch_at] = branch_advantage  # (T - 1, N, B)
+            advantage = advantage.view(-1, N, B).to(policy.device)  # (K, N, B)
 
             # update
             stats = common.Stats()
@@ -206,10 +201,10 @@ def main(args):
                     # Then the ratio is 1 in the first update, exactly, as no weight has changed since the rollout; and
                     # its gradient is A * grad log p. Another ratio there means that rollout and training disagree, and
                     # every later ratio is wrong by as much.
-                    step, image = torch.cartesian_prod(torch.tensor(branch_at), part).T
+                    step, image = torch.cartesian_prod(torch.arange(len(branch_at)), part).T
                     for mb in run.progress("update")(torch.arange(len(step)).split(args.micro_batch)):
                         mb_step, mb_image = step[mb], image[mb]
-                        transitions = (text, owner, x, x_next, sigmas, s, mb_step, mb_image)
+                        transitions = (text, owner, levels, x, x_next, mb_step, mb_image)
                         logp, mean, std = transition_logp(policy, *transitions)
                         log_ratio = logp - old_logp[mb_step, mb_image]
                         mb_advantage = advantage[mb_step, mb_image]
@@ -239,7 +234,7 @@ def main(args):
                     **{f"reward/{name}": scores.mean().item() for name, scores in parts.items()},
                     "zero_std_groups": zero_std_groups,
                     **stats.metrics(args.clip_range),
-                    **run.step_metrics(branch_at, rewards.view(-1, N, B), gradient, gradient * weight[branch_at]),
+                    **run.step_metrics(branch_at, rewards.view(-1, N, B), gradient_scale(*levels), weight),  # TempFlow
                 }
             )
 

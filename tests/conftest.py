@@ -1,0 +1,122 @@
+"""What the tests share: the command line as a process, a script's main in this process, a policy in float64."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tiny"), str(ROOT / "tests")]
+
+import common  # noqa: E402
+
+SCRIPTS = ("grpo", "gcpo", "tempflow_grpo")
+QUICK = (
+    "--prompts-per-iteration 2 --eval-seeds 1 --eval-every 100 --lora-rank 4 --micro-batch 8 --steps 5 --eval-steps 2"
+)
+
+
+def small(script):
+    """Options of a run that takes seconds."""
+    group = "--seeds-per-prompt 2 --branches 3" if script == "tempflow_grpo" else "--group-size 4"
+    return [*QUICK.split(), *group.split()]
+
+
+def cli(script, *options, cwd=ROOT, **kwargs):
+    """Run a script as a user does: returns the finished process, with text output."""
+    command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, options)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=600, **kwargs)
+
+
+def metrics(folder, times=True):
+    """The lines of a run's metrics.jsonl; without times, what must be the same in two runs."""
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return lines if times else [{k: v for k, v in line.items() if not k.endswith("_s")} for line in lines]
+
+
+class DoublePolicy(common.Policy):
+    """The policy in float64, so that a gradient can be compared to many digits."""
+
+    def __init__(self, args):
+        super().__init__(args)
+        self.transformer.double()
+
+    def encode(self, prompts):
+        return [rows.double() for rows in super().encode(prompts)]
+
+
+@pytest.fixture
+def record(monkeypatch, tmp_path):
+    """A function that runs a script's main in this process and records what its loop did.
+
+    record(module, *options) -> namespace with policy, rollouts (arguments and results), advantages, chunks, and
+    updates: for each optimizer step the weights before it and the gradients.
+    """
+
+    def run(module, *options, double=True):
+        seen = SimpleNamespace(rollouts=[], advantages=[], chunks=[], updates=[], policy=None, images=[])
+
+        def keep(name, into):
+            original = getattr(module, name)
+
+            def wrapped(*args, **kwargs):
+                result = original(*args, **kwargs)
+                into.append((args, result))
+                return result
+
+            monkeypatch.setattr(module, name, wrapped)
+
+        keep("rollout", seen.rollouts)
+        keep("group_advantage", seen.advantages)
+        if hasattr(module, "draw_chunks"):
+            keep("draw_chunks", seen.chunks)
+        base = DoublePolicy if double else common.Policy
+
+        def make_policy(args):
+            seen.policy = base(args)
+            return seen.policy
+
+        original_update = common.Run.update
+
+        def update(self):
+            weights = [p.detach().clone() for p in self.policy.parameters]
+            seen.updates.append((weights, [p.grad.clone() for p in self.policy.parameters]))
+            return original_update(self)
+
+        original_grid = common.picture_grid
+        monkeypatch.setattr(
+            common, "picture_grid", lambda i, *a, **k: (seen.images.append(i), original_grid(i, *a, **k))
+        )
+        monkeypatch.setattr(common, "Policy", make_policy)
+        monkeypatch.setattr(common.Run, "update", update)
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py"])
+        folder = tmp_path / f"{module.__name__}{len(os.listdir(tmp_path))}"
+        options = [*small(module.__name__), "--output", folder, *options]
+        args = common.parse_args(module.Args, module.DEFAULTS, [str(option) for option in options])
+        module.main(args)
+        seen.args, seen.folder = args, folder
+        monkeypatch.undo()
+        return seen
+
+    return run
+
+
+def gradients(policy, loss):
+    return torch.autograd.grad(loss, policy.parameters)
+
+
+def put_weights(policy, weights):
+    with torch.no_grad():
+        for parameter, weight in zip(policy.parameters, weights):
+            parameter.copy_(weight)
+
+
+def relative_error(got, want):
+    """Largest difference of two lists of tensors, relative to the largest value of the second."""
+    difference = max((a - b).abs().max().item() for a, b in zip(got, want))
+    return difference / max(b.abs().max().item() for b in want)
