@@ -204,7 +204,8 @@ def main(args):
                     # the first update knows them, and later ones take a forward for them, but not for chunks of one.
                     step, image = same[part].diagonal(dim1=1, dim2=2).T.nonzero().T
                     image, now = part[image], old_logp.clone()
-                    for mb in (same[image, step].sum(1) > 1).nonzero()[:, 0].split(args.micro_batch) if update else ():
+                    long = (same[image, step].sum(1) > 1).nonzero()[:, 0]
+                    for mb in long.split(args.micro_batch) if update > 0 and len(long) > 0 else ():
                         transitions = (text, owner, levels, x, x_next, step[mb], image[mb])
                         with torch.no_grad():
                             now[step[mb], image[mb]], _, _ = transition_logp(policy, *transitions)

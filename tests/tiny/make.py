@@ -10,7 +10,6 @@ are not what was asked for, and that is the room in which reinforcement learning
 
 import argparse
 import itertools
-import json
 import math
 import random
 import sys
@@ -20,11 +19,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
+from common import picture_grid  # noqa: E402
 from rewards import COLOURS, NUMBERS, RELATIONS, SHAPES, parse_scene, shape_inside, shapes  # noqa: E402
 
 NOISE = 0.4  # share of captions with one wrong attribute
@@ -102,20 +101,21 @@ def miscaption(prompt, rng):
 
 
 def make_tokenizer():
-    """A CLIPTokenizer in which every word of the captions is one token: BPE trained on just these words."""
-    words = sorted({word for prompt in ALL_PROMPTS for word in prompt.split()})
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    alphabet = sorted(set("".join(words)))
-    trainer = trainers.BpeTrainer(
-        vocab_size=2000, min_frequency=1, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(words, trainer)
-    model = json.loads(bpe.to_str())["model"]
-    vocab = dict(sorted(model["vocab"].items(), key=lambda item: item[1]))
-    for token in ("<|startoftext|>", "<|endoftext|>"):
-        vocab[token] = len(vocab)
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=[tuple(m) for m in model["merges"]], model_max_length=TEXT_TOKENS)
+    """A CLIPTokenizer in which every word of the captions is one token: its letters are merged one after the other.
+
+    Merges of long words come first; in another order the pairs of a short word would cut a long one in the wrong place.
+    """
+    words = sorted({word for prompt in ALL_PROMPTS for word in prompt.split()}, key=lambda word: (-len(word), word))
+    merges, tokens = [], set()
+    for word in words:
+        head, *letters = [*word[:-1], word[-1] + "</w>"]
+        tokens |= {head, *letters, *word}
+        for letter in letters:
+            merges += [(head, letter)] if (head, letter) not in merges else []
+            head += letter
+            tokens.add(head)
+    vocab = {token: n for n, token in enumerate([*sorted(tokens), "<|startoftext|>", "<|endoftext|>"])}
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TEXT_TOKENS)
     ids = tokenizer(ALL_PROMPTS)["input_ids"]
     assert all(len(i) == len(p.split()) + 2 for i, p in zip(ids, ALL_PROMPTS)), "a word is not one token"
     assert len({tuple(i) for i in ids}) == len(ALL_PROMPTS), "two prompts have the same tokens"
@@ -246,7 +246,7 @@ def train_flow(pipe, rng, steps, noise, batch=128, lr=2e-3):
         if (step + 1) % 500 == 0 and step + 1 < steps:
             backup = {k: v.clone() for k, v in modules.state_dict().items()}
             modules.load_state_dict(ema.module.state_dict())
-            print(f"flow {step:5d}  reward {judge(pipe, guidance=1.0):.3f}", flush=True)
+            judge(pipe, guidance=1.0)
             modules.load_state_dict(backup)
     modules.load_state_dict(ema.module.state_dict())
 
@@ -258,65 +258,43 @@ def encode(pipe, prompts):
 
 @torch.no_grad()
 def judge(pipe, guidance, picture=None):
-    """Mean reward of the pipeline's own pictures, 10 steps, over evenly spaced prompts; a grid of the first 64."""
+    """Mean reward of the pipeline's own pictures, 10 steps, over all prompts of the two files, by kind of prompt."""
     pipe.set_progress_bar_config(disable=True)
-    prompts = sum(reversed(split_prompts()), [])
-    images = pipe(
-        prompts,
-        num_inference_steps=10,
-        guidance_scale=guidance,
-        max_sequence_length=0,
-        generator=torch.Generator().manual_seed(0),
-        output_type="pt",
-    ).images
+    train, held_out = split_prompts()
+    prompts = held_out + train
+    generator = torch.Generator().manual_seed(0)
+    options = dict(num_inference_steps=10, guidance_scale=guidance, max_sequence_length=0, generator=generator)
+    images = pipe(prompts, output_type="pt", **options).images
     scores = shapes(images, prompts)
     if picture:
-        from PIL import Image, ImageDraw
-
-        grid = Image.new("RGB", (8 * 200, 8 * 150), "white")
-        for n in range(64):
-            tile = Image.fromarray((images[n] * 255).byte().permute(1, 2, 0).numpy()).resize((128, 128), 0)
-            grid.paste(tile, (n % 8 * 200 + 4, n // 8 * 150))
-            ImageDraw.Draw(grid).text(
-                (n % 8 * 200 + 4, n // 8 * 150 + 130), f"{scores[n]:.2f} {prompts[n][:40]}", "black"
-            )
-        grid.save(picture)
-    for kind, pick in {"count": lambda p: " a " not in p, "and": lambda p: " and " in p}.items():
-        chosen = torch.tensor([bool(pick(p)) for p in prompts])
-        print(kind, round(scores[chosen].mean().item(), 3), end=" ")
-    print("position", round(scores[torch.tensor([" a " in p and " and " not in p for p in prompts])].mean().item(), 3))
-    return scores.mean().item()
+        picture_grid(images[:64], [f"{score:.2f} {prompt}" for score, prompt in zip(scores, prompts)], picture)
+    kinds = ["count" if " a " not in p else "and" if " and " in p else "position" for p in prompts]
+    means = {kind: scores[torch.tensor([k == kind for k in kinds])].mean().item() for kind in sorted(set(kinds))}
+    text = "  ".join(f"{kind} {mean:.3f}" for kind, mean in means.items())
+    print(f"guidance {guidance}: reward {scores.mean().item():.3f}  ({text})", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", default=str(HERE))
-    parser.add_argument("--vae-steps", type=int, default=2000)
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--noise", type=float, default=NOISE)
-    parser.add_argument("--vae", default=None)
+    parser.add_argument("--output", type=Path, default=HERE, help="folder to write to")
+    parser.add_argument("--vae-steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=3500)
+    parser.add_argument("--noise", type=float, default=NOISE, help="share of captions that tell of another scene")
     args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    for name, prompts in zip(("prompts.txt", "eval_prompts.txt"), split_prompts()):
+        (args.output / name).write_text("\n".join(prompts) + "\n", encoding="utf-8")
+
     torch.manual_seed(0)
-    rng = random.Random(0)
     pipe = make_pipeline()
-    for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
-        print(name, sum(p.numel() for p in getattr(pipe, name).parameters()))
-    if args.vae:
-        pipe.register_modules(vae=AutoencoderKL.from_pretrained(args.vae, torch_dtype=torch.float32))
-    else:
-        train_vae(pipe.vae, rng, args.vae_steps)
-        pipe.vae.save_pretrained(args.output + "/vae")
-    train_flow(pipe, rng, args.steps, args.noise)
-    pipe.to(torch.float16).save_pretrained(args.output)
-    pipe.to(torch.float32)
+    with torch.random.fork_rng():
+        train_vae(pipe.vae, random.Random(0), args.vae_steps)
+    train_flow(pipe, random.Random(0), args.steps, args.noise)
     for guidance in (1.0, 2.0, 4.0):
-        print(
-            "guidance",
-            guidance,
-            "reward",
-            round(judge(pipe, guidance, f"{args.output}/grid{guidance}.png"), 3),
-            flush=True,
-        )
+        judge(pipe, guidance, args.output / f"guidance{guidance:.0f}.png")
+    for module in (pipe.transformer, pipe.vae):  # to keep the files small; they are loaded in float32
+        module.half()
+    pipe.save_pretrained(args.output)
 
 
 if __name__ == "__main__":
