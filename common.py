@@ -907,7 +907,7 @@ def picture_grid(images, captions, path, size=144, columns=8):
     from PIL import Image, ImageDraw
 
     rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (size + 8), rows * (size + 44)), "white")
+    sheet = Image.new("RGB", (columns * (size + 8), rows * (size + 44)), (235, 235, 235))
     for n, (image, caption) in enumerate(zip(images, captions)):
         array = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
         x, y = n % columns * (size + 8) + 4, n // columns * (size + 44) + 4
