@@ -181,7 +181,7 @@ def main(args):
                 chunks = [sizes or adaptive_chunks(curve, args.chunk_max) for curve in l1rel]
                 options = args.chunk_fraction, args.weighted_sampling, generator
                 drawn = [draw_chunks(*trajectory, *options) for trajectory in zip(l1rel, chunks)]
-                same, count = torch.stack([d[0] for d in drawn]).to(x.device), torch.tensor([d[1] for d in drawn])
+                same, count = torch.stack([d[0] for d in drawn]), torch.tensor([d[1] for d in drawn])
 
             # reward
             with run.phase("reward"):
