@@ -18,6 +18,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from argparse import ArgumentDefaultsHelpFormatter
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -336,6 +337,11 @@ class Policy:
 # ---------------------------------------------------------------- command line
 
 
+class Help(ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(HfArgumentParser):
     def error(self, message):
         raise StopRun(f"{message.removeprefix('argument ')}; see --help")
@@ -394,7 +400,11 @@ def parse_args(args_class, defaults, argv=None):
     are those of that run, and a setting given that would change its past is refused.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = Parser(args_class, allow_abbrev=False)
+    parser = Parser(args_class, allow_abbrev=False, formatter_class=Help)
+    for action in parser._actions:
+        if action.dest in defaults["tiny"]:
+            values = ", ".join(f"{settings[action.dest]} for {model}" for model, settings in defaults.items())
+            action.help = action.help.replace("by model", values)
     try:
         args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
     except ValueError as error:
@@ -417,6 +427,8 @@ def parse_args(args_class, defaults, argv=None):
         raise StopRun("a model other than tiny needs --prompts FILE, one prompt a line")
     read_prompts(args.prompts)
     args.family, _ = find_family(args.model)
+    if args.noise_level is None and args.sde == "dance":
+        args.noise_level = 0.3  # eta of [DG]
     for name, value in defaults[args.family].items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -36,7 +36,9 @@ class Args:
     steps: int | None = HfArg(default=None, help="T, sampling steps; default: by model")
     guidance: float | None = HfArg(default=None, help="classifier-free guidance, off at 1; default: by model")
     resolution: int | None = HfArg(default=None, help="pixels a side; default: by model")
-    noise_level: float | None = HfArg(default=None, help="a of flow, eta of dance; default: by model and sde")
+    noise_level: float | None = HfArg(
+        default=None, help="a of flow, eta of dance; default: 0.3 for dance, else by model"
+    )
     sde: Literal["flow", "dance"] = HfArg(default="flow", help="noise scale of the steps: Flow-GRPO's or DanceGRPO's")
     shared_noise: bool = HfArg(default=False, help="one initial noise for a whole group, as DanceGRPO has it")
     # update

@@ -41,7 +41,9 @@ class Args:
     steps: int | None = HfArg(default=None, help="T, sampling steps; default: by model")
     guidance: float | None = HfArg(default=None, help="classifier-free guidance, off at 1; default: by model")
     resolution: int | None = HfArg(default=None, help="pixels a side; default: by model")
-    noise_level: float | None = HfArg(default=None, help="a of flow, eta of dance; default: by model and sde")
+    noise_level: float | None = HfArg(
+        default=None, help="a of flow, eta of dance; default: 0.3 for dance, else by model"
+    )
     sde: Literal["flow", "dance"] = HfArg(default="flow", help="noise scale of the steps: Flow-GRPO's or DanceGRPO's")
     # update
     learning_rate: float | None = HfArg(default=None, help="of AdamW; default: by model")
