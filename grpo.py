@@ -80,6 +80,18 @@ DEFAULTS = {
         learning_rate=3e-4, clip_range=1e-4, ema_decay=0.9, lora_rank=32, lora_alpha=64.0,
         eval_every=30, eval_steps=40, eval_seeds=1,
     ),
+    "flux": dict(  # a and guidance are [FG]'s for FLUX.1-dev, the rest as for SD3
+        iterations=1000, prompts_per_iteration=48, group_size=24,
+        micro_batch=4, steps=10, guidance=3.5, resolution=512, noise_level=0.9,
+        learning_rate=3e-4, clip_range=1e-4, ema_decay=0.9, lora_rank=32, lora_alpha=64.0,
+        eval_every=30, eval_steps=40, eval_seeds=1,
+    ),
+    "flux2": dict(  # in no paper: as SD3, with the pipeline's own guidance and evaluation steps
+        iterations=1000, prompts_per_iteration=48, group_size=24,
+        micro_batch=8, steps=10, guidance=4.0, resolution=512, noise_level=0.7,
+        learning_rate=3e-4, clip_range=1e-4, ema_decay=0.9, lora_rank=32, lora_alpha=64.0,
+        eval_every=30, eval_steps=50, eval_seeds=1,
+    ),
 }  # fmt: skip
 
 
