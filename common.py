@@ -326,14 +326,34 @@ def fetch_index(model):
         raise StopRun(f"--model {model} is no folder here and cannot be fetched; check name and network ({reason})")
 
 
+def trajectory_device(device, numbers):
+    """Where an iteration's latents live: on the device if so many float32 are under an eighth of its memory."""
+    large = device.type == "cuda" and 32 * numbers > torch.cuda.get_device_properties(device).total_memory
+    return torch.device("cpu") if large else device
+
+
+def score(policy, reward, latents, prompts, at_once=64):
+    """Decode and score: reward(policy.decode(latents), prompts), but never with many more than at_once pictures.
+
+    TempFlow-GRPO's 10,000 branches an iteration would be 32 GB of pictures at 512 px.
+    """
+    size = -(-at_once // policy.micro_batch) * policy.micro_batch
+    slices = [slice(start, start + size) for start in range(0, len(latents), size)]
+    scored = [reward(policy.decode(latents[part]), prompts[part]) for part in slices]
+    return torch.cat([s for s, _ in scored]), {n: torch.cat([parts[n] for _, parts in scored]) for n in scored[0][1]}
+
+
 class Policy:
     """The model that is trained: a pipeline whose transformer has a LoRA adapter.
 
     Only the adapter trains, in float32; all else is frozen, in args.dtype. `velocity` is the one way to the network,
     for rollout, training, reference and evaluation alike.
+
+    latents: how many an iteration keeps. They live, with noise and schedule, on `store`: the device, or the CPU if they
+    are large. Tensors made from them stay there; velocity takes its micro-batch to the device and brings it back.
     """
 
-    def __init__(self, args):
+    def __init__(self, args, latents=0):
         import transformers
 
         transformers.utils.logging.set_verbosity_error()  # diffusers imports parts that tell of packages unused here
@@ -362,6 +382,11 @@ class Policy:
             self.family.max_sequence_length = 0  # trained without the zero tokens that stand for T5
         self.device, self.guidance, self.micro_batch = torch.device(args.device), args.guidance, args.micro_batch
         self.resolution = args.resolution
+        self.store = trajectory_device(self.device, latents * math.prod(self.shape))
+        if self.device.type == "cuda" and args.dtype != "float32":
+            torch.set_float32_matmul_precision(
+                "high"
+            )  # TF32 for LoRA's products, which else take as long as the model's
         self.velocity_evals = 0
 
         for part in (pipe.vae, pipe.transformer, *self.encoders()):
@@ -411,10 +436,10 @@ class Policy:
         round differently for different shapes, and with one shape for all of them the log-probs of rollout and training
         agree to the last bit. Counts velocity evaluations: one a latent, two with guidance; a backward counts twice.
         """
-        count, fill = len(x), max(self.micro_batch - len(x), 0)
-        row = torch.cat([torch.arange(count), torch.full((fill,), count - 1)]).to(x.device)
-        owner = owner.to(x.device)[row]
-        x, sigma = x[row].to(self.transformer.dtype), torch.as_tensor(sigma, device=x.device).expand(count)[row]
+        count, store, device = len(x), x.device, self.device
+        row = torch.arange(max(count, self.micro_batch), device=device).clamp(max=count - 1)
+        owner, sigma = owner.to(device)[row], torch.as_tensor(sigma, device=device).expand(count)[row]
+        x = x.to(device)[row].to(self.transformer.dtype)
         two_pass = self.guidance > 1 and self.family.two_pass_guidance
         if two_pass:  # one call for both
             owner = torch.cat([torch.full_like(owner, -1), owner])
@@ -424,19 +449,19 @@ class Policy:
             without, with_text = velocity.chunk(2)
             velocity = without + self.guidance * (with_text - without)
         self.velocity_evals += count * (2 if two_pass else 1) * (3 if torch.is_grad_enabled() else 1)
-        return velocity[:count].float()
+        return velocity[:count].float().to(store)
 
     def sigmas(self, steps):
         """(steps + 1,) noise levels of the pipeline's own scheduler, from 1 to 0."""
-        return self.family.sigmas(steps, self.resolution).to(self.device)
+        return self.family.sigmas(steps, self.resolution).to(self.store)
 
     def noise(self, count, generator):
         """Standard normal latents (count, ...), drawn on the CPU, so that every device has the same."""
-        return torch.randn(count, *self.shape, generator=generator).to(self.device)
+        return torch.randn(count, *self.shape, generator=generator).to(self.store)
 
     def velocity_in_micro_batches(self, x, sigma, text, owner):
-        rows = torch.arange(len(x)).split(self.micro_batch)
-        return torch.cat([self.velocity(x[r], sigma, text, owner[r]) for r in rows])
+        parts = zip(x.split(self.micro_batch), owner.split(self.micro_batch))
+        return torch.cat([self.velocity(x_part, sigma, text, owner_part) for x_part, owner_part in parts])
 
     @contextmanager
     def reference(self):
@@ -451,7 +476,7 @@ class Policy:
     @torch.no_grad()
     def decode(self, x):
         """Latents -> images (B, 3, H, W) in [0, 1], float32, a micro-batch at a time."""
-        return torch.cat([self.family.decode(part).float() for part in x.split(self.micro_batch)])
+        return torch.cat([self.family.decode(part.to(self.device)).float() for part in x.split(self.micro_batch)])
 
     def lora(self):
         from peft import get_peft_model_state_dict
@@ -702,12 +727,10 @@ def prompts_hash(path):
 
 def iteration_prompts(prompts, count, iteration, seed):
     """The prompts of an iteration (1, 2, ...): the file in a new random order each time it has been gone through."""
-    chosen = []
-    for position in range((iteration - 1) * count, iteration * count):
-        epoch, index = divmod(position, len(prompts))
-        order = torch.randperm(len(prompts), generator=generator(seed, "prompts", epoch))
-        chosen.append(prompts[order[index]])
-    return chosen
+    places = [divmod(position, len(prompts)) for position in range((iteration - 1) * count, iteration * count)]
+    epochs = {epoch for epoch, _ in places}
+    order = {n: torch.randperm(len(prompts), generator=generator(seed, "prompts", n)) for n in epochs}
+    return [prompts[order[epoch][index]] for epoch, index in places]
 
 
 def generator(seed, purpose, number):

@@ -166,11 +166,11 @@ def main(args):
     reward, eval_reward = common.prepare_rewards(args, get_reward)
     prompts = common.read_prompts(args.prompts)
 
-    policy = common.Policy(args)
+    policy = common.Policy(args, latents=3 * args.steps * N)
     optimizer = torch.optim.AdamW(policy.parameters, args.learning_rate, weight_decay=0.0)
     sigmas = policy.sigmas(args.steps)
     s = noise_scale(sigmas, args.sde, args.noise_level)  # (T - 1,)
-    owner = torch.arange(N) // G  # (N,) the prompt of each image
+    owner = torch.arange(N, device=policy.store) // G  # (N,) the prompt of each image
     common.print_plan(args, N, sigmas, s)
 
     with common.Run(args, policy, optimizer, reward, eval_reward) as run:
@@ -190,21 +190,22 @@ def main(args):
                 chunks = [sizes or adaptive_chunks(curve, args.chunk_max) for curve in l1rel]
                 options = args.chunk_fraction, args.weighted_sampling, generator
                 drawn = [draw_chunks(*trajectory, *options) for trajectory in zip(l1rel, chunks)]
-                same, count = torch.stack([d[0] for d in drawn]).to(x.device), torch.tensor([d[1] for d in drawn])
+                same = torch.stack([steps for steps, _ in drawn]).to(x.device)
+                count = torch.tensor([number for _, number in drawn], device=x.device)
 
             # reward
             with run.phase("reward"):
-                images = policy.decode(latents)
-                rewards, parts = reward(images, [batch[n] for n in owner])
+                captions = [batch[n] for n in owner.tolist()]
+                rewards, parts = common.score(policy, reward, latents, captions)
 
             # advantage
             advantage, zero_std_groups = group_advantage(rewards.view(P, G), args.adv_std, args.adv_clip)
-            advantage = advantage.flatten().to(policy.device)  # (N,)
+            advantage = advantage.flatten().to(x.device)  # (N,)
 
             # update
             stats = common.Stats()
             with run.phase("train"):
-                for update, part in enumerate(torch.arange(N).view(U, -1)):
+                for update, part in enumerate(torch.arange(N, device=x.device).view(U, -1)):
                     # Step by step, so that a micro-batch is like one of the rollout: same function, dtype and shapes.
                     # Then the ratio is 1 in the first update, exactly, as no weight has changed since the rollout; and
                     # its gradient is A * grad log p. Another ratio there means that rollout and training disagree, and
@@ -217,16 +218,16 @@ def main(args):
                         transitions = (text, owner, x, x_next, sigmas, s, step[mb], image[mb])
                         with torch.no_grad():
                             now[step[mb], image[mb]], _, _ = transition_logp(policy, *transitions)
-                    for mb in run.progress("update")(torch.arange(len(step)).split(args.micro_batch)):
-                        mb_step, mb_image = step[mb], image[mb]
+                    micro_batches = list(zip(step.split(args.micro_batch), image.split(args.micro_batch)))
+                    for mb_step, mb_image in run.progress("update")(micro_batches):
                         transitions = (text, owner, x, x_next, sigmas, s, mb_step, mb_image)
                         logp, mean, std = transition_logp(policy, *transitions)
                         # GCPO: the ratio is the chunk's, a geometric mean. Only this transition's log-prob is live in
                         # it; the sum over transitions is the gradient of all, and memory does not grow with the chunk.
                         # At ratio 1 a step weighs 1 / (K size): with [2, 3, 4, 7] the first ones 3.5 times the last.
-                        mb_same = same[mb_image, mb_step].to(logp.device)  # (M, T - 1)
+                        mb_same = same[mb_image, mb_step]  # (M, T - 1)
                         live = (logp - old_logp[mb_step, mb_image])[:, None]
-                        log_ratios = (now - old_logp).T[mb_image].scatter(1, mb_step[:, None].to(live.device), live)
+                        log_ratios = (now - old_logp).T[mb_image].scatter(1, mb_step[:, None], live)
                         log_ratio = (log_ratios * mb_same).sum(1) / mb_same.sum(1)
                         mb_advantage = advantage[mb_image]
                         ratio = log_ratio.exp()
@@ -238,7 +239,7 @@ def main(args):
                             kl = ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(1)
                             loss = loss + args.kl_coef * kl / mb_same.sum(1)  # GCPO: the chunk's mean
                             stats.add(kl_ref=kl)
-                        (loss / count[mb_image].to(loss.device)).sum().div(len(part)).backward()  # GCPO: mean of chunks
+                        (loss / count[mb_image]).sum().div(len(part)).backward()  # GCPO: mean of chunks
                         stats.add(loss=loss, log_ratio=log_ratio, advantage=mb_advantage)
                         if update == 0:
                             stats.add(first_log_ratio=logp - old_logp[mb_step, mb_image], first_step=mb_step)

@@ -131,11 +131,11 @@ def main(args):
     reward, eval_reward = common.prepare_rewards(args, get_reward)
     prompts = common.read_prompts(args.prompts)
 
-    policy = common.Policy(args)
+    policy = common.Policy(args, latents=3 * args.steps * N)
     optimizer = torch.optim.AdamW(policy.parameters, args.learning_rate, weight_decay=0.0)
     sigmas = policy.sigmas(args.steps)
     s = noise_scale(sigmas, args.sde, args.noise_level)  # (T - 1,)
-    owner = torch.arange(N) // G  # (N,) the prompt of each image
+    owner = torch.arange(N, device=policy.store) // G  # (N,) the prompt of each image
     common.print_plan(args, N, sigmas, s)
 
     with common.Run(args, policy, optimizer, reward, eval_reward) as run:
@@ -153,24 +153,24 @@ def main(args):
 
             # reward
             with run.phase("reward"):
-                images = policy.decode(latents)
-                rewards, parts = reward(images, [batch[n] for n in owner])
+                captions = [batch[n] for n in owner.tolist()]
+                rewards, parts = common.score(policy, reward, latents, captions)
 
             # advantage
             advantage, zero_std_groups = group_advantage(rewards.view(P, G), args.adv_std, args.adv_clip)
-            advantage = advantage.flatten().to(policy.device)  # (N,)
+            advantage = advantage.flatten().to(x.device)  # (N,)
 
             # update
             stats = common.Stats()
             with run.phase("train"):
-                for update, part in enumerate(torch.arange(N).view(U, -1)):
+                for update, part in enumerate(torch.arange(N, device=x.device).view(U, -1)):
                     # Step by step, so that a micro-batch is like one of the rollout: same function, dtype and shapes.
                     # Then the ratio is 1 in the first update, exactly, as no weight has changed since the rollout; and
                     # its gradient is A * grad log p. Another ratio there means that rollout and training disagree, and
                     # every later ratio is wrong by as much.
-                    step, image = torch.cartesian_prod(torch.arange(len(s)), part).T
-                    for mb in run.progress("update")(torch.arange(len(step)).split(args.micro_batch)):
-                        mb_step, mb_image = step[mb], image[mb]
+                    step, image = torch.cartesian_prod(torch.arange(len(s), device=x.device), part).T
+                    micro_batches = list(zip(step.split(args.micro_batch), image.split(args.micro_batch)))
+                    for mb_step, mb_image in run.progress("update")(micro_batches):
                         transitions = (text, owner, x, x_next, sigmas, s, mb_step, mb_image)
                         logp, mean, std = transition_logp(policy, *transitions)
                         log_ratio = logp - old_logp[mb_step, mb_image]

@@ -173,11 +173,11 @@ def main(args):
     reward, eval_reward = common.prepare_rewards(args, get_reward)
     prompts = common.read_prompts(args.prompts)
 
-    policy = common.Policy(args)
+    policy = common.Policy(args, latents=3 * args.steps * N * B)
     optimizer = torch.optim.AdamW(policy.parameters, args.learning_rate, weight_decay=0.0)
     sigmas = policy.sigmas(args.steps)
     s = noise_scale(sigmas, args.sde, args.noise_level)  # (T - 1,)
-    owner = torch.arange(N) // S  # (N,) the prompt of each seed
+    owner = torch.arange(N, device=policy.store) // S  # (N,) the prompt of each seed
     branch_at = branch_steps if isinstance(branch_steps, list) else list(range(len(s)))
     common.print_plan(args, N, sigmas, s, step_weights(sigmas, s, args.sde, args.weighting, branch_at), B)
 
@@ -197,15 +197,15 @@ def main(args):
 
             # reward
             with run.phase("reward"):
-                images = policy.decode(latents.flatten(0, 2))  # TempFlow: (K N B, 3, H, W)
-                rewards, parts = reward(images, [batch[n] for n in owner.repeat_interleave(B)] * len(branch_at))
+                captions = [batch[n] for n in owner.repeat_interleave(B).tolist()] * len(branch_at)
+                rewards, parts = common.score(policy, reward, latents.flatten(0, 2), captions)  # (K N B,)
 
             # advantage
             # TempFlow: a branch is compared with those that left the same state, and credits that step alone
             groups = rewards.view(-1, B) if args.group == "seed" else rewards.view(-1, S * B)
             advantage, zero_std_groups = group_advantage(groups, args.adv_std, args.adv_clip)
             weight = step_weights(sigmas, s, args.sde, args.weighting, branch_at)
-            branch_advantage = advantage.view(-1, N, B).to(policy.device)  # (K, N, B)
+            branch_advantage = advantage.view(-1, N, B).to(x.device)  # (K, N, B)
             gradient = gradient_scale(branch_advantage, noise[1:], sigmas, s, branch_at)
             advantage = torch.zeros_like(old_logp)
             advantage[branch_at] = branch_advantage  # (T - 1, N, B)
@@ -213,14 +213,14 @@ def main(args):
             # update
             stats = common.Stats()
             with run.phase("train"):
-                for update, part in enumerate(torch.arange(N).view(U, -1)):
+                for update, part in enumerate(torch.arange(N, device=x.device).view(U, -1)):
                     # Step by step, so that a micro-batch is like one of the rollout: same function, dtype and shapes.
                     # Then the ratio is 1 in the first update, exactly, as no weight has changed since the rollout; and
                     # its gradient is A * grad log p. Another ratio there means that rollout and training disagree, and
                     # every later ratio is wrong by as much.
-                    step, image = torch.cartesian_prod(torch.tensor(branch_at), part).T
-                    for mb in run.progress("update")(torch.arange(len(step)).split(args.micro_batch)):
-                        mb_step, mb_image = step[mb], image[mb]
+                    step, image = torch.cartesian_prod(torch.tensor(branch_at, device=x.device), part).T
+                    micro_batches = list(zip(step.split(args.micro_batch), image.split(args.micro_batch)))
+                    for mb_step, mb_image in run.progress("update")(micro_batches):
                         transitions = (text, owner, x, x_next, sigmas, s, mb_step, mb_image)
                         logp, mean, std = transition_logp(policy, *transitions)
                         log_ratio = logp - old_logp[mb_step, mb_image]
@@ -242,7 +242,7 @@ def main(args):
                     stats.add(grad_norm=run.update())
 
             # log
-            run.images += len(images)
+            run.images += len(rewards)
             run.log(
                 {
                     "iteration": iteration,
