@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ import common  # noqa: E402
 import gcpo  # noqa: E402
 import grpo  # noqa: E402
 import tempflow_grpo  # noqa: E402
+from rewards import get_reward  # noqa: E402
 
 PROMPTS = ["a red circle", "two blue squares"]
 FAMILIES = list(small_pipelines.MAKERS)
@@ -252,6 +254,39 @@ def test_lora_targets(family):
     if family == "flux2":
         assert forward == {"ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out"}
         assert single == {"attn.to_qkv_mlp_proj", "attn.to_out"}
+
+
+def test_ten_thousand_prompts():
+    """Each epoch is a permutation of the file, and drawing an iteration's prompts takes no time."""
+    prompts, start = [f"prompt {n}" for n in range(10_000)], time.perf_counter()
+    drawn = [p for iteration in range(1, 418) for p in common.iteration_prompts(prompts, 48, iteration, seed=3)]
+    assert time.perf_counter() - start < 5
+    first, second = drawn[:10_000], drawn[10_000:20_000]
+    assert sorted(first) == sorted(second) == sorted(prompts) and first != second and first != prompts
+
+
+def test_only_the_prompts_in_use_are_encoded(model, tmp_path, monkeypatch):
+    """The file has 10,000 prompts; the encoders see those of the evaluation and of the iteration, and the empty one."""
+    (tmp_path / "prompts.txt").write_text("\n".join(f"prompt {n}" for n in range(10_000)))
+    seen, encode = set(), common.SD3.encode
+    monkeypatch.setattr(common.SD3, "encode", lambda self, texts: seen.update(texts) or encode(self, texts))
+    command = f"--model {model('sd3')} --prompts {tmp_path}/prompts.txt --reward jpeg_compressibility --device cpu"
+    command += " --steps 2 --eval_steps 1 --prompts_per_iteration 2 --group_size 8 --micro_batch 16 --resolution 16"
+    command += f" --lora_rank 2 --iterations 1 --output {tmp_path}/run"
+    start = time.perf_counter()
+    grpo.main(common.parse_args(grpo.Args, grpo.DEFAULTS, command.split()))
+    assert time.perf_counter() - start < 20
+    assert len(seen) <= common.MAX_EVAL_PROMPTS + 2 + 1
+
+
+def test_scores_in_slices_are_the_scores(model):
+    policy = make_policy(model("flux"))
+    latents, prompts = policy.noise(7, torch.Generator().manual_seed(0)), [f"prompt {n}" for n in range(7)]
+    reward = get_reward("jpeg_compressibility=0.5")
+    whole, parts = common.score(policy, reward, latents, prompts)
+    sliced, sliced_parts = common.score(policy, reward, latents, prompts, at_once=2)
+    assert torch.equal(whole, sliced) and torch.equal(parts["jpeg_compressibility"], whole / 0.5)
+    assert parts.keys() == sliced_parts.keys() and len(whole) == 7
 
 
 def test_defaults_of_every_family_are_complete():
