@@ -300,7 +300,11 @@ def find_family(model):
         raise StopRun(f"--model {model} is no diffusers pipeline, its model_index.json cannot be read; give its folder")
     if name not in FAMILIES:
         raise StopRun(f"{model} is a {name}; this code knows {', '.join(FAMILIES)}")
-    return ("tiny" if Path(folder).resolve() == TINY else FAMILIES[name][0]), name
+    return ("tiny" if find_tiny(model) else FAMILIES[name][0]), name
+
+
+def find_tiny(model):
+    return model == "tiny" or Path(model).resolve() == TINY
 
 
 def fetch_index(model):
@@ -343,6 +347,30 @@ def score(policy, reward, latents, prompts, at_once=64):
     return torch.cat([s for s, _ in scored]), {n: torch.cat([parts[n] for _, parts in scored]) for n in scored[0][1]}
 
 
+def load_pipeline(args):
+    """The pipeline of args.model in args.dtype; a resolution that it cannot do is refused before weights are read."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()  # diffusers imports parts that tell of packages unused here
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+    folder = str(TINY) if args.model == "tiny" else args.model
+    _, class_name = find_family(args.model)
+    pipe_class = getattr(diffusers, class_name)
+    config = pipe_class.load_config(folder)
+    absent = {name: None for name, value in config.items() if isinstance(value, list) and value[0] is None}
+    try:
+        parts = [diffusers.AutoencoderKL.load_config(folder, subfolder=name) for name in ("vae", "transformer")]
+        FAMILIES[class_name][1].latent_shape(*parts, args.resolution)
+        # weights as safetensors only, never a repository's own code
+        return pipe_class.from_pretrained(
+            folder, dtype=DTYPES[args.dtype], use_safetensors=True, trust_remote_code=False, **absent
+        )
+    except (OSError, ValueError) as error:
+        raise StopRun(f"{args.model} cannot be loaded; {' '.join(str(error).split())[:300]}")
+
+
 class Policy:
     """The model that is trained: a pipeline whose transformer has a LoRA adapter.
 
@@ -351,42 +379,25 @@ class Policy:
 
     latents: how many an iteration keeps. They live, with noise and schedule, on `store`: the device, or the CPU if they
     are large. Tensors made from them stay there; velocity takes its micro-batch to the device and brings it back.
+    pipe: a pipeline that is there already, in place of args.model.
     """
 
-    def __init__(self, args, latents=0):
-        import transformers
-
-        transformers.utils.logging.set_verbosity_error()  # diffusers imports parts that tell of packages unused here
-        import diffusers
+    def __init__(self, args, latents=0, pipe=None):
         from diffusers.training_utils import cast_training_params
         from peft import LoraConfig
 
-        diffusers.utils.logging.set_verbosity_error()
-        folder = TINY if args.model == "tiny" else args.model
-        _, class_name = find_family(args.model)
-        family, pipe_class = FAMILIES[class_name][1], getattr(diffusers, class_name)
-        config = pipe_class.load_config(str(folder))
-        absent = {name: None for name, value in config.items() if isinstance(value, list) and value[0] is None}
-        try:
-            parts = [diffusers.AutoencoderKL.load_config(folder, subfolder=name) for name in ("vae", "transformer")]
-            self.shape = family.latent_shape(*parts, args.resolution)
-            # weights as safetensors only, never a repository's own code
-            pipe = pipe_class.from_pretrained(
-                str(folder), dtype=DTYPES[args.dtype], use_safetensors=True, trust_remote_code=False, **absent
-            )
-        except (OSError, ValueError) as error:
-            raise StopRun(f"{args.model} cannot be loaded; {' '.join(str(error).split())[:300]}")
+        pipe = pipe or load_pipeline(args)
+        family = FAMILIES[type(pipe).__name__][1]
         pipe.set_progress_bar_config(disable=True)
         self.family, self.pipe, self.transformer = family(pipe), pipe, pipe.transformer
-        if Path(folder).resolve() == TINY:
+        self.shape = family.latent_shape(pipe.vae.config, pipe.transformer.config, args.resolution)
+        if find_tiny(args.model):
             self.family.max_sequence_length = 0  # trained without the zero tokens that stand for T5
         self.device, self.guidance, self.micro_batch = torch.device(args.device), args.guidance, args.micro_batch
         self.resolution = args.resolution
         self.store = trajectory_device(self.device, latents * math.prod(self.shape))
-        if self.device.type == "cuda" and args.dtype != "float32":
-            torch.set_float32_matmul_precision(
-                "high"
-            )  # TF32 for LoRA's products, which else take as long as the model's
+        if self.device.type == "cuda" and args.dtype != "float32":  # TF32, or LoRA takes as long as the rest
+            torch.set_float32_matmul_precision("high")
         self.velocity_evals = 0
 
         for part in (pipe.vae, pipe.transformer, *self.encoders()):

@@ -15,6 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import bench  # noqa: E402
 import small_pipelines  # noqa: E402
 
 import common  # noqa: E402
@@ -182,6 +183,7 @@ def test_half_precision_weights_and_float32_mathematics(model, family, dtype):
     """The network's weights are halves; latents, Gaussians, log-probs and LoRA are float32, and the ratio is 1."""
     policy = make_policy(model(family), dtype=dtype)
     frozen = {p.dtype for p in policy.transformer.parameters() if not p.requires_grad}
+    assert policy.transformer.dtype == common.DTYPES[dtype]
     assert frozen == {common.DTYPES[dtype]} and {p.dtype for p in policy.parameters} == {torch.float32}
     sigmas, text, owner = policy.sigmas(4), policy.encode(PROMPTS), torch.arange(4) // 2
     s, generator = common.noise_scale(sigmas, "flow", 0.7), torch.Generator().manual_seed(0)
@@ -287,6 +289,23 @@ def test_scores_in_slices_are_the_scores(model):
     sliced, sliced_parts = common.score(policy, reward, latents, prompts, at_once=2)
     assert torch.equal(whole, sliced) and torch.equal(parts["jpeg_compressibility"], whole / 0.5)
     assert parts.keys() == sliced_parts.keys() and len(whole) == 7
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_benchmark_has_the_true_sizes(family):
+    """Parameters as in the published weights, counted without memory."""
+    with torch.device("meta"):
+        transformer = bench.make_transformer(family)
+    billions = sum(parameter.numel() for parameter in transformer.parameters()) / 1e9
+    assert billions == pytest.approx(bench.SIZES[family]["parameters"], rel=2e-3)
+
+
+def test_benchmark_counts_as_the_scripts_do():
+    """A prompt at T = 10: 1116 + 108 evaluations, 216 images for 4 seeds x 6 branches; 240 + 648 for a group of 24."""
+    counts = bench.script_evals("sd3")
+    assert [n / 48 / 2 for n in counts["grpo.py"][:2]] == [240, 648]
+    assert [n / 48 / 2 for n in counts["tempflow_grpo.py"][:2]] == [1116, 108]
+    assert counts["tempflow_grpo.py"][2] / 48 == 216
 
 
 def test_defaults_of_every_family_are_complete():
