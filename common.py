@@ -122,16 +122,25 @@ def ode_sample(policy, x, text, owner, sigmas, tuned_share=1.0):
 class SD3:
     """Stable Diffusion 3 and 3.5, and what every other family has to offer.
 
-    Another family is a class with the same names: the LoRA targets, encode, sigmas, latent_shape, predict, decode. It
-    goes into FAMILIES, under the class name in the repository's model_index.json.
+    Another family is a class with the same names: the LoRA targets, two_pass_guidance, encode, sigmas, latent_shape,
+    predict, decode. It goes into FAMILIES, under the class name in the repository's model_index.json. What the pipeline
+    can do itself, it does: so plain inference gives the same pictures.
     """
 
     # [FG]: the projections of both streams' attention
     targets = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
-    max_sequence_length = 256  # T5 tokens: the pipeline's default, so that plain inference gives the same pictures
+    max_sequence_length = 256  # T5 tokens: the pipeline's default
+    two_pass_guidance = True  # False: the transformer takes guidance as an input, or none
 
     def __init__(self, pipe):
-        self.pipe = pipe
+        self.pipe, self.ids = pipe, None
+
+    @staticmethod
+    def latent_shape(vae, transformer, resolution):
+        """(C, H, W) from the two configs, before any weight is loaded; StopRun where the model cannot do it."""
+        scale, patch = 2 ** (len(vae["block_out_channels"]) - 1), transformer["patch_size"]
+        check_resolution(resolution, scale * patch, transformer["pos_embed_max_size"] * scale * patch)
+        return transformer["in_channels"], resolution // scale, resolution // scale
 
     def encode(self, prompts):
         """Text of B prompts: a list of tensors (B, ...), as the pipeline makes them."""
@@ -142,12 +151,12 @@ class SD3:
 
     def sigmas(self, steps, resolution):
         """(steps + 1,) noise levels of the pipeline's scheduler, from 1 to 0."""
-        self.pipe.scheduler.set_timesteps(steps)
-        return self.pipe.scheduler.sigmas
+        from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 
-    def latent_shape(self, resolution):
-        size = resolution // self.pipe.vae_scale_factor
-        return (self.pipe.transformer.config.in_channels, size, size)
+        scheduler, tokens = self.pipe.scheduler, resolution // (self.pipe.vae_scale_factor * self.pipe.patch_size)
+        mu = calculate_shift(tokens**2, **shift_settings(scheduler, max_shift=1.16))
+        scheduler.set_timesteps(steps, mu=mu if scheduler.config.use_dynamic_shifting else None)
+        return scheduler.sigmas
 
     def predict(self, x, sigma, text, guidance):
         """The transformer's velocity: x (B, C, H, W), sigma (B,), text as from encode. guidance is for FLUX."""
@@ -161,11 +170,134 @@ class SD3:
         return self.pipe.image_processor.postprocess(image, output_type="pt")
 
 
-FAMILIES = {"StableDiffusion3Pipeline": ("sd3", SD3)}
+class Flux(SD3):
+    """FLUX.1: guidance is an input of the transformer, which sees the latents packed, as tokens of 2 x 2."""
+
+    # [FG], for FLUX: attention and feed-forward of both streams, and the attention of the single stream
+    targets = SD3.targets + "ff.net.0.proj ff.net.2 ff_context.net.0.proj ff_context.net.2".split()
+    max_sequence_length = 512
+    two_pass_guidance = False
+
+    @staticmethod
+    def latent_shape(vae, transformer, resolution):
+        scale = 2 ** (len(vae["block_out_channels"]) - 1)
+        check_resolution(resolution, 2 * scale)
+        return transformer["in_channels"] // 4, resolution // scale, resolution // scale
+
+    def encode(self, prompts):
+        embeds, pooled, _ = self.pipe.encode_prompt(prompts, None, max_sequence_length=self.max_sequence_length)
+        return [embeds, pooled]
+
+    def sigmas(self, steps, resolution):
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        scheduler, tokens = self.pipe.scheduler, (resolution // (2 * self.pipe.vae_scale_factor)) ** 2
+        return shifted_sigmas(scheduler, steps, calculate_shift(tokens, **shift_settings(scheduler, max_shift=1.15)))
+
+    def predict(self, x, sigma, text, guidance):
+        pipe, (embeds, pooled), (B, C, H, W) = self.pipe, text, x.shape
+        if self.ids is None:  # made once: they are the same for every latent and step
+            image_ids = pipe._prepare_latent_image_ids(B, H // 2, W // 2, x.device, x.dtype)
+            self.ids = x.new_zeros(embeds.shape[1], 3), image_ids
+        velocity = pipe.transformer(
+            hidden_states=pipe._pack_latents(x, B, C, H, W),
+            timestep=(sigma * 1000).to(x.dtype) / 1000,  # rounded as the pipeline does
+            guidance=x.new_full((B,), guidance, dtype=torch.float32)
+            if pipe.transformer.config.guidance_embeds
+            else None,
+            pooled_projections=pooled,
+            encoder_hidden_states=embeds,
+            txt_ids=self.ids[0],
+            img_ids=self.ids[1],
+            return_dict=False,
+        )[0]
+        return pipe._unpack_latents(
+            velocity, H * pipe.vae_scale_factor, W * pipe.vae_scale_factor, pipe.vae_scale_factor
+        )
+
+
+class Flux2Klein(SD3):
+    """FLUX.2 klein: patches of 2 x 2 are channels of the latent, which the VAE's batch norm has normalised."""
+
+    # as for FLUX; here the single stream has one layer for attention and feed-forward in, and one out
+    targets = (
+        r".*\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|to_qkv_mlp_proj)|ff(_context)?\.linear_(in|out))"
+        r"|single_transformer_blocks\.\d+\.attn\.to_out"
+    )
+    max_sequence_length = 512
+
+    def __init__(self, pipe):
+        super().__init__(pipe)
+        self.two_pass_guidance = not pipe.config.is_distilled  # the pipeline has none for distilled models
+
+    @staticmethod
+    def latent_shape(vae, transformer, resolution):
+        scale = 2 ** (len(vae["block_out_channels"]) - 1)
+        check_resolution(resolution, 2 * scale)
+        return transformer["in_channels"], resolution // (2 * scale), resolution // (2 * scale)
+
+    def encode(self, prompts):
+        return [self.pipe.encode_prompt(prompts, max_sequence_length=self.max_sequence_length)[0]]
+
+    def sigmas(self, steps, resolution):
+        from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+        tokens = (resolution // (2 * self.pipe.vae_scale_factor)) ** 2
+        return shifted_sigmas(self.pipe.scheduler, steps, compute_empirical_mu(tokens, steps))
+
+    def predict(self, x, sigma, text, guidance):
+        pipe, (embeds,) = self.pipe, text
+        if self.ids is None:  # of one latent, as the transformer looks at the first alone
+            text_ids, image_ids = pipe._prepare_text_ids(embeds[:1]), pipe._prepare_latent_ids(x[:1])
+            self.ids = text_ids.to(x.device), image_ids.to(x.device)
+        velocity = pipe.transformer(
+            hidden_states=pipe._pack_latents(x),
+            timestep=(sigma * 1000).to(x.dtype) / 1000,
+            encoder_hidden_states=embeds,
+            txt_ids=self.ids[0],
+            img_ids=self.ids[1],
+            return_dict=False,
+        )[0]
+        return velocity.transpose(1, 2).reshape(x.shape)
+
+    def decode(self, x):
+        vae = self.pipe.vae
+        mean, variance = vae.bn.running_mean.view(1, -1, 1, 1), vae.bn.running_var.view(1, -1, 1, 1)
+        x = x * (variance + vae.config.batch_norm_eps).sqrt().to(x.dtype) + mean.to(x.dtype)
+        image = vae.decode(self.pipe._unpatchify_latents(x).to(vae.dtype)).sample
+        return self.pipe.image_processor.postprocess(image, output_type="pt")
+
+
+def check_resolution(resolution, multiple, most=None):
+    if resolution % multiple:
+        raise StopRun(f"--resolution {resolution} does not fit this model; give a multiple of {multiple}")
+    if most and resolution > most:
+        raise StopRun(f"--resolution {resolution} is more than this model's position table has; {most} is the most")
+
+
+def shift_settings(scheduler, max_shift):
+    """The scheduler's settings for calculate_shift, with the pipelines' defaults."""
+    names = {"base_seq_len": "base_image_seq_len", "max_seq_len": "max_image_seq_len"}
+    usual = {"base_seq_len": 256, "max_seq_len": 4096, "base_shift": 0.5, "max_shift": max_shift}
+    return {name: scheduler.config.get(names.get(name, name), value) for name, value in usual.items()}
+
+
+def shifted_sigmas(scheduler, steps, mu):
+    """(steps + 1,) noise levels, as FLUX's pipelines make them: evenly spaced ones, shifted by the scheduler."""
+    even = None if scheduler.config.get("use_flow_sigmas") else [1 - n / steps for n in range(steps)]
+    scheduler.set_timesteps(steps, sigmas=even, mu=mu)
+    return scheduler.sigmas
+
+
+FAMILIES = {
+    "StableDiffusion3Pipeline": ("sd3", SD3),
+    "FluxPipeline": ("flux", Flux),
+    "Flux2KleinPipeline": ("flux2", Flux2Klein),
+}
 
 
 def find_family(model):
-    """Which defaults a model takes ("tiny", "sd3"), and its pipeline's class name; StopRun where it is none of ours."""
+    """Which defaults a model takes ("tiny", "sd3", ...), and its pipeline class; StopRun if it is none of ours."""
     folder = str(TINY) if model == "tiny" else model
     index = Path(folder, "model_index.json") if Path(folder).exists() else fetch_index(model)
     try:
@@ -174,7 +306,11 @@ def find_family(model):
         raise StopRun(f"--model {model} is no diffusers pipeline, its model_index.json cannot be read; give its folder")
     if name not in FAMILIES:
         raise StopRun(f"{model} is a {name}; this code knows {', '.join(FAMILIES)}")
-    return ("tiny" if Path(folder).resolve() == TINY else FAMILIES[name][0]), name
+    return ("tiny" if find_tiny(model) else FAMILIES[name][0]), name
+
+
+def find_tiny(model):
+    return model == "tiny" or Path(model).resolve() == TINY
 
 
 def fetch_index(model):
@@ -200,37 +336,74 @@ def fetch_index(model):
         raise StopRun(f"--model {model} is no folder here and cannot be fetched; check name and network ({reason})")
 
 
+def trajectory_device(device, numbers):
+    """Where an iteration's latents live: on the device if so many float32 are under an eighth of its memory."""
+    large = device.type == "cuda" and 32 * numbers > torch.cuda.get_device_properties(device).total_memory
+    return torch.device("cpu") if large else device
+
+
+def score(policy, reward, latents, prompts, at_once=64):
+    """Decode and score: reward(policy.decode(latents), prompts), but never with many more than at_once pictures.
+
+    TempFlow-GRPO's 10,000 branches an iteration would be 32 GB of pictures at 512 px.
+    """
+    size = -(-at_once // policy.micro_batch) * policy.micro_batch
+    slices = [slice(start, start + size) for start in range(0, len(latents), size)]
+    scored = [reward(policy.decode(latents[part]), prompts[part]) for part in slices]
+    return torch.cat([s for s, _ in scored]), {n: torch.cat([parts[n] for _, parts in scored]) for n in scored[0][1]}
+
+
+def load_pipeline(args):
+    """The pipeline of args.model in args.dtype; a resolution that it cannot do is refused before weights are read."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()  # diffusers imports parts that tell of packages unused here
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+    folder = str(TINY) if args.model == "tiny" else args.model
+    _, class_name = find_family(args.model)
+    pipe_class = getattr(diffusers, class_name)
+    config = pipe_class.load_config(folder)
+    absent = {name: None for name, value in config.items() if isinstance(value, list) and value[0] is None}
+    try:
+        parts = [diffusers.AutoencoderKL.load_config(folder, subfolder=name) for name in ("vae", "transformer")]
+        FAMILIES[class_name][1].latent_shape(*parts, args.resolution)
+        # weights as safetensors only, never a repository's own code
+        return pipe_class.from_pretrained(
+            folder, dtype=DTYPES[args.dtype], use_safetensors=True, trust_remote_code=False, **absent
+        )
+    except (OSError, ValueError) as error:
+        raise StopRun(f"{args.model} cannot be loaded; {' '.join(str(error).split())[:300]}")
+
+
 class Policy:
     """The model that is trained: a pipeline whose transformer has a LoRA adapter.
 
     Only the adapter trains, in float32; all else is frozen, in args.dtype. `velocity` is the one way to the network,
     for rollout, training, reference and evaluation alike.
+
+    latents: how many an iteration keeps. They live, with noise and schedule, on `store`: the device, or the CPU if they
+    are large. Tensors made from them stay there; velocity takes its micro-batch to the device and brings it back.
+    pipe: a pipeline that is there already, in place of args.model.
     """
 
-    def __init__(self, args):
-        import diffusers
+    def __init__(self, args, latents=0, pipe=None):
         from diffusers.training_utils import cast_training_params
         from peft import LoraConfig
 
-        diffusers.utils.logging.set_verbosity_error()
-        folder = TINY if args.model == "tiny" else args.model
-        _, class_name = find_family(args.model)
-        family, pipe_class = FAMILIES[class_name][1], getattr(diffusers, class_name)
-        config = pipe_class.load_config(str(folder))
-        absent = {name: None for name, value in config.items() if isinstance(value, list) and value[0] is None}
-        try:  # weights as safetensors only, never a repository's own code
-            pipe = pipe_class.from_pretrained(
-                str(folder), dtype=DTYPES[args.dtype], use_safetensors=True, trust_remote_code=False, **absent
-            )
-        except (OSError, ValueError) as error:
-            raise StopRun(f"{args.model} cannot be loaded; {' '.join(str(error).split())[:300]}")
+        pipe = pipe or load_pipeline(args)
+        family = FAMILIES[type(pipe).__name__][1]
         pipe.set_progress_bar_config(disable=True)
         self.family, self.pipe, self.transformer = family(pipe), pipe, pipe.transformer
-        if Path(folder).resolve() == TINY:
+        self.shape = family.latent_shape(pipe.vae.config, pipe.transformer.config, args.resolution)
+        if find_tiny(args.model):
             self.family.max_sequence_length = 0  # trained without the zero tokens that stand for T5
         self.device, self.guidance, self.micro_batch = torch.device(args.device), args.guidance, args.micro_batch
         self.resolution = args.resolution
-        self.shape = self.family.latent_shape(args.resolution)
+        self.store = trajectory_device(self.device, latents * math.prod(self.shape))
+        if self.device.type == "cuda" and args.dtype != "float32":  # TF32, or LoRA takes as long as the rest
+            torch.set_float32_matmul_precision("high")
         self.velocity_evals = 0
 
         for part in (pipe.vae, pipe.transformer, *self.encoders()):
@@ -280,31 +453,32 @@ class Policy:
         round differently for different shapes, and with one shape for all of them the log-probs of rollout and training
         agree to the last bit. Counts velocity evaluations: one a latent, two with guidance; a backward counts twice.
         """
-        count, fill = len(x), max(self.micro_batch - len(x), 0)
-        row = torch.cat([torch.arange(count), torch.full((fill,), count - 1)]).to(x.device)
-        owner = owner.to(x.device)[row]
-        x, sigma = x[row].to(self.transformer.dtype), torch.as_tensor(sigma, device=x.device).expand(count)[row]
-        if self.guidance > 1:  # one call for both, as in the pipeline
+        count, store, device = len(x), x.device, self.device
+        row = torch.arange(max(count, self.micro_batch), device=device).clamp(max=count - 1)
+        owner, sigma = owner.to(device)[row], torch.as_tensor(sigma, device=device).expand(count)[row]
+        x = x.to(device)[row].to(self.transformer.dtype)
+        two_pass = self.guidance > 1 and self.family.two_pass_guidance
+        if two_pass:  # one call for both
             owner = torch.cat([torch.full_like(owner, -1), owner])
             x, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
         velocity = self.family.predict(x, sigma, [rows[owner] for rows in text], self.guidance)
-        if self.guidance > 1:
+        if two_pass:
             without, with_text = velocity.chunk(2)
             velocity = without + self.guidance * (with_text - without)
-        self.velocity_evals += count * (2 if self.guidance > 1 else 1) * (3 if torch.is_grad_enabled() else 1)
-        return wide(velocity[:count])
+        self.velocity_evals += count * (2 if two_pass else 1) * (3 if torch.is_grad_enabled() else 1)
+        return wide(velocity[:count]).to(store)
 
     def sigmas(self, steps):
         """(steps + 1,) noise levels of the pipeline's own scheduler, from 1 to 0."""
-        return self.family.sigmas(steps, self.resolution).to(self.device)
+        return self.family.sigmas(steps, self.resolution).to(self.store)
 
     def noise(self, count, generator):
         """Standard normal latents (count, ...), drawn on the CPU, so that every device has the same."""
-        return torch.randn(count, *self.shape, generator=generator).to(self.device)
+        return torch.randn(count, *self.shape, generator=generator).to(self.store)
 
     def velocity_in_micro_batches(self, x, sigma, text, owner):
-        rows = torch.arange(len(x)).split(self.micro_batch)
-        return torch.cat([self.velocity(x[r], sigma, text, owner[r]) for r in rows])
+        parts = zip(x.split(self.micro_batch), owner.split(self.micro_batch))
+        return torch.cat([self.velocity(x_part, sigma, text, owner_part) for x_part, owner_part in parts])
 
     @contextmanager
     def reference(self):
@@ -319,7 +493,7 @@ class Policy:
     @torch.no_grad()
     def decode(self, x):
         """Latents -> images (B, 3, H, W) in [0, 1], float32, a micro-batch at a time."""
-        return torch.cat([self.family.decode(part).float() for part in x.split(self.micro_batch)])
+        return torch.cat([self.family.decode(part.to(self.device)).float() for part in x.split(self.micro_batch)])
 
     def lora(self):
         from peft import get_peft_model_state_dict
@@ -486,14 +660,14 @@ def check_ranges(args):
             raise StopRun(f"{option(name)} must be more than 0")
 
 
-def settle_batch(args, count, group, usual=8):
+def settle_batch(args, count, group, branches=1, usual=8):
     """The batch arithmetic: count trajectories an iteration must divide into the updates. Returns count."""
     if count % args.updates_per_iteration:
         raise StopRun(
             f"{args.prompts_per_iteration} prompts x {count // args.prompts_per_iteration} = {count} trajectories do "
             f"not divide into --updates-per-iteration {args.updates_per_iteration}; change one of them"
         )
-    args.micro_batch = min(args.micro_batch, count)
+    args.micro_batch = min(args.micro_batch, count * branches)
     if group < usual:
         print(f"warning: groups of {group} give noisy advantages; {usual} or more are usual", file=sys.stderr)
     return count
@@ -516,20 +690,21 @@ def parse_chunks(args):
 
 
 def parse_branch_steps(args):
-    """--branch-steps of tempflow_grpo.py: a list of steps, or a number of steps to draw anew each iteration."""
-    last = args.steps - 2
+    """--branch-steps of tempflow_grpo.py: the steps where branches may be, and how many of them an iteration takes."""
+    every = list(range(args.steps - 1))
     if args.branch_steps == "all":
-        return list(range(last + 1))
+        return every, len(every)
     try:
         numbers = [int(part) for part in args.branch_steps.rstrip(",").split(",")]
     except ValueError:
         raise StopRun(f"--branch-steps {args.branch_steps!r} is neither all, a list such as 0,1,2, nor a number")
-    if "," not in args.branch_steps and 1 <= numbers[0] <= last + 1:
-        return numbers[0]
-    if "," in args.branch_steps and sorted(set(numbers)) == numbers and 0 <= numbers[0] <= numbers[-1] <= last:
-        return numbers
+    if "," not in args.branch_steps and 1 <= numbers[0] <= len(every):
+        return every, numbers[0]
+    if "," in args.branch_steps and sorted(set(numbers)) == numbers and set(numbers) <= set(every):
+        return numbers, len(numbers)
     raise StopRun(
-        f"--branch-steps {args.branch_steps} is no number from 1 to {last + 1}, and no rising list within 0 to {last}"
+        f"--branch-steps {args.branch_steps} is no number from 1 to {len(every)}, and no rising list within 0 to "
+        f"{every[-1]}"
     )
 
 
@@ -581,12 +756,10 @@ def prompts_hash(path):
 
 def iteration_prompts(prompts, count, iteration, seed):
     """The prompts of an iteration (1, 2, ...): the file in a new random order each time it has been gone through."""
-    chosen = []
-    for position in range((iteration - 1) * count, iteration * count):
-        epoch, index = divmod(position, len(prompts))
-        order = torch.randperm(len(prompts), generator=generator(seed, "prompts", epoch))
-        chosen.append(prompts[order[index]])
-    return chosen
+    places = [divmod(position, len(prompts)) for position in range((iteration - 1) * count, iteration * count)]
+    epochs = {epoch for epoch, _ in places}
+    order = {n: torch.randperm(len(prompts), generator=generator(seed, "prompts", n)) for n in epochs}
+    return [prompts[order[epoch][index]] for epoch, index in places]
 
 
 def generator(seed, purpose, number):
@@ -756,7 +929,7 @@ class Run:
         side_by_side(first, self.samples / f"{iteration}.png", self.samples / "compare.png")
         return {"eval_reward": scores.mean().item()} | {f"eval/{k}": v.mean().item() for k, v in parts.items()}
 
-    def chunk_metrics(self, iteration, l1rel, chunks, group_size):
+    def chunk_metrics(self, l1rel, chunks, group_size):
         """What gcpo.py's chunks were, also as samples/chunks.png. l1rel: (N, T - 1), chunks: N lists of sizes.
 
         chunk_cuts: share of trajectories with a cut before each step but the first. l1rel_prompt_share: share of the

@@ -4,7 +4,7 @@
     python gcpo.py --prompts data.txt     # Stable Diffusion 3.5 Medium with LoRA, on a CUDA GPU
 
 One iteration: sample a group of images for every prompt with the SDE (rollout), score them (reward), compare each with
-its group (advantage), and raise the probability of the transitions that led to the better ones (update).
+its group (advantage), and raise the probability of the chunks of steps that led to the better ones (update).
 """
 
 from dataclasses import dataclass
@@ -74,10 +74,10 @@ class Args:
     wandb: str | None = HfArg(default=None, help="project to log to as well")
 
 
-# Settings that depend on the model: [FG]'s for SD3; for tiny what was found by trying (README).
+# Settings that depend on the model: [FG]'s for SD3; for tiny what was found by trying.
 DEFAULTS = {
     "tiny": dict(
-        iterations=80, prompts_per_iteration=8, group_size=12,
+        iterations=60, prompts_per_iteration=8, group_size=12,
         micro_batch=48, steps=10, guidance=1.0, resolution=32, noise_level=0.7,
         learning_rate=1e-3, clip_range=1e-3, ema_decay=0.0, lora_rank=16, lora_alpha=32.0,
         eval_every=10, eval_steps=10, eval_seeds=4,
@@ -88,6 +88,18 @@ DEFAULTS = {
         learning_rate=3e-4, clip_range=1e-4, ema_decay=0.9, lora_rank=32, lora_alpha=64.0,
         eval_every=30, eval_steps=40, eval_seeds=1,
     ),
+    "flux": dict(  # [GC]'s for FLUX.1-dev, which has --shared-noise and trains all weights; LoRA as [DG]
+        iterations=150, prompts_per_iteration=24, group_size=12,
+        micro_batch=4, steps=17, guidance=3.5, resolution=720, noise_level=0.7,
+        learning_rate=3e-4, clip_range=5e-5, ema_decay=0.0, lora_rank=128, lora_alpha=256.0,
+        eval_every=30, eval_steps=50, eval_seeds=1,
+    ),
+    "flux2": dict(  # in no paper: as SD3, with the pipeline's own guidance and evaluation steps
+        iterations=1000, prompts_per_iteration=48, group_size=24,
+        micro_batch=8, steps=10, guidance=4.0, resolution=512, noise_level=0.7,
+        learning_rate=3e-4, clip_range=1e-4, ema_decay=0.9, lora_rank=32, lora_alpha=64.0,
+        eval_every=30, eval_steps=50, eval_seeds=1,
+    ),
 }  # fmt: skip
 
 
@@ -95,9 +107,10 @@ DEFAULTS = {
 def rollout(policy, text, owner, noise, sigmas, s, progress=lambda steps: steps):
     """Sample images with the SDE and keep the way there.
 
-    text: of the prompts; owner: (N,) the prompt of each image; noise: T draws (N, C, H, W), the first is the initial
-    latent; sigmas: (T + 1,); s: (T - 1,) noise scales. Returns x (T + 1, N, C, H, W), and logp (T - 1, N), the
-    log-prob of each stochastic transition under the policy that made it.
+    text: from policy.encode; owner: (N,) the row of text of each image; noise: T draws (N, C, H, W), the first is the
+    initial latent; sigmas: (T + 1,); s: (T - 1,) noise scales; progress: puts a bar around the steps. Returns x and
+    x_next (T - 1, N, C, H, W), the states before and after each stochastic transition, its logp (T - 1, N) under the
+    policy that made it, and the final latents (N, C, H, W).
     """
     x, logp = [noise[0]], []
     for step in progress(range(len(s))):
@@ -105,9 +118,10 @@ def rollout(policy, text, owner, noise, sigmas, s, progress=lambda steps: steps)
         mean, std = sde_mean_std(x[step], velocity, sigmas[step], sigmas[step + 1], s[step])
         x.append(mean + std * noise[step + 1])
         logp.append(log_prob(x[step + 1], mean, std))
-    # The last step is the ODE's: it leaves no noise in the image, has no log-prob and is never trained.
-    x.append(common.ode_sample(policy, x[-1], text, owner, sigmas[-2:]))
-    return torch.stack(x), torch.stack(logp)
+    # The last step is the ODE's: it adds no noise, has no log-prob and is never trained.
+    latents = common.ode_sample(policy, x[-1], text, owner, sigmas[-2:])
+    x = torch.stack(x)
+    return x[:-1], x[1:], torch.stack(logp), latents
 
 
 def transition_logp(policy, text, owner, levels, x, x_next, step, image):
@@ -144,11 +158,11 @@ def adaptive_chunks(l1rel, longest, order=1):
 def draw_chunks(l1rel, sizes, fraction, weighted, generator):
     """Draw chunks of a trajectory without replacement, uniformly or by their mean L1rel [GC] eq. 17.
 
-    l1rel: (T - 1,); sizes: K of them. Returns (T - 1, T - 1), 1 where two steps share a drawn chunk, and their count.
+    l1rel: (T - 1,); sizes: K of them. Returns (T - 1, T - 1): 1 / size where two steps share a drawn chunk, else 0.
     """
     weight = torch.stack([piece.mean() if weighted else torch.ones(()) for piece in l1rel.split(sizes)])
     drawn = weight.multinomial(max(1, int(fraction * len(sizes) + 0.5)), generator=generator).tolist()
-    return torch.block_diag(*(torch.full((n, n), float(j in drawn)) for j, n in enumerate(sizes))), len(drawn)
+    return torch.block_diag(*(torch.full((n, n), (j in drawn) / n) for j, n in enumerate(sizes)))
 
 
 def main(args):
@@ -158,12 +172,12 @@ def main(args):
     reward, eval_reward = common.prepare_rewards(args, get_reward)
     prompts = common.read_prompts(args.prompts)
 
-    policy = common.Policy(args)
+    policy = common.Policy(args, latents=3 * args.steps * N)
     optimizer = torch.optim.AdamW(policy.parameters, args.learning_rate, weight_decay=0.0)
     sigmas = policy.sigmas(args.steps)
     s = noise_scale(sigmas, args.sde, args.noise_level)  # (T - 1,)
     levels = sigmas[:-2], sigmas[1:-1], s  # sigma, sigma_next and s of every stochastic step
-    owner = torch.arange(N) // G  # (N,) the prompt of each image
+    owner = torch.arange(N, device=policy.store) // G  # (N,) the prompt of each image
     common.print_plan(args, N, sigmas, s)
 
     with common.Run(args, policy, optimizer, reward, eval_reward) as run:
@@ -176,52 +190,56 @@ def main(args):
                 noise = [policy.noise(N, generator) for _ in range(args.steps)]
                 if args.shared_noise:
                     noise[0] = noise[0][owner * G]
-                x, old_logp = rollout(policy, text, owner, noise, sigmas, s, run.progress("rollout"))
-                x, x_next, latents = x[:-2], x[1:-1], x[-1]
-                # GCPO: how much each step changes the latent; chunks of every trajectory; those that are trained
+                progress = run.progress("rollout")
+                x, x_next, old_logp, latents = rollout(policy, text, owner, noise, sigmas, s, progress)
+
+                # GCPO: how much each step changes the latent, where that cuts it, and which chunks are trained
                 l1rel = ((x_next - x).flatten(2).norm(1, 2) / x.flatten(2).norm(1, 2)).T.cpu()  # (N, T - 1)
                 chunks = [sizes or adaptive_chunks(curve, args.chunk_max) for curve in l1rel]
                 options = args.chunk_fraction, args.weighted_sampling, generator
-                drawn = [draw_chunks(*trajectory, *options) for trajectory in zip(l1rel, chunks)]
-                same, count = torch.stack([d[0] for d in drawn]), torch.tensor([d[1] for d in drawn])
+                average = torch.stack([draw_chunks(*trajectory, *options) for trajectory in zip(l1rel, chunks)])
+                average = average.to(x.device)  # (N, T - 1, T - 1)
+                own = average.diagonal(dim1=1, dim2=2)  # (N, T - 1) 1 / size of a step's chunk, 0 if not trained
+                count = own.sum(1).round()  # (N,) chunks trained
 
             # reward
             with run.phase("reward"):
-                images = policy.decode(latents)
-                rewards, parts = reward(images, [batch[n] for n in owner])
+                captions = [batch[n] for n in owner.tolist()]
+                rewards, parts = common.score(policy, reward, latents, captions)
 
             # advantage
-            advantage, zero_std_groups = group_advantage(rewards.view(P, G), args.adv_std, args.adv_clip)
-            advantage = advantage.flatten().to(policy.device)  # (N,)
+            advantage, zero_std_groups = group_advantage(rewards.view(-1, G), args.adv_std, args.adv_clip)
+            advantage = advantage.flatten().to(x.device)  # (N,)
 
             # update
             stats = common.Stats()
             with run.phase("train"):
-                for update, part in enumerate(torch.arange(N).view(U, -1)):
-                    # Step by step, so that a micro-batch is like one of the rollout: same function, dtype and shapes.
-                    # Then the ratio is 1 in the first update, exactly, as no weight has changed since the rollout; and
-                    # its gradient is A * grad log p. Another ratio there means that rollout and training disagree, and
-                    # every later ratio is wrong by as much.
-                    # GCPO: the transitions of drawn chunks. A chunk's ratio needs all its log-probs as they are now:
-                    # the first update knows them, and later ones take a forward for them, but not for chunks of one.
-                    step, image = same[part].diagonal(dim1=1, dim2=2).T.nonzero().T
-                    image, now = part[image], old_logp.clone()
-                    long = (same[image, step].sum(1) > 1).nonzero()[:, 0]
-                    for mb in long.split(args.micro_batch) if update > 0 and len(long) > 0 else ():
-                        transitions = (text, owner, levels, x, x_next, step[mb], image[mb])
+                for update, part in enumerate(torch.arange(N, device=x.device).view(U, -1)):
+                    # GCPO: steps of drawn chunks. A ratio needs the log-probs of the whole chunk as they are now: in
+                    # the first update the old ones; later they take a forward, but not for a chunk of one.
+                    step, image = own[part].T.nonzero().T
+                    image, new_logp = part[image], old_logp.clone()
+                    others = (own[image, step] < 1).nonzero()[:, 0] if update > 0 else ()
+                    for start in range(0, len(others), args.micro_batch):
+                        mb = others[start : start + args.micro_batch]
                         with torch.no_grad():
-                            now[step[mb], image[mb]], _, _ = transition_logp(policy, *transitions)
-                    for mb in run.progress("update")(torch.arange(len(step)).split(args.micro_batch)):
-                        mb_step, mb_image = step[mb], image[mb]
+                            found = transition_logp(policy, text, owner, levels, x, x_next, step[mb], image[mb])
+                        new_logp[step[mb], image[mb]] = found[0]
+                    micro_batches = list(zip(step.split(args.micro_batch), image.split(args.micro_batch)))
+                    for mb_step, mb_image in run.progress("update")(micro_batches):
                         transitions = (text, owner, levels, x, x_next, mb_step, mb_image)
                         logp, mean, std = transition_logp(policy, *transitions)
-                        # GCPO: the ratio is the chunk's, a geometric mean. Only this transition's log-prob is live in
-                        # it; the sum over transitions is the gradient of all, and memory does not grow with the chunk.
-                        # At ratio 1 a step weighs 1 / (K size): with [2, 3, 4, 7] the first ones 3.5 times the last.
-                        mb_same = same[mb_image, mb_step].to(logp.device)  # (M, T - 1)
-                        live = (logp - old_logp[mb_step, mb_image])[:, None]
-                        log_ratios = (now - old_logp).T[mb_image].scatter(1, mb_step[:, None].to(live.device), live)
-                        log_ratio = (log_ratios * mb_same).sum(1) / mb_same.sum(1)
+                        # In the first update the ratio is 1, exactly: no weight has changed since the rollout, and
+                        # policy.velocity gives every batch one shape. Its gradient is not 0 but A * grad log p. Another
+                        # ratio here means that rollout and training disagree, and that later ratios are wrong as well.
+                        log_ratio = logp - old_logp[mb_step, mb_image]
+                        if update == 0:
+                            stats.add(first_log_ratio=log_ratio, first_step=mb_step)
+                        # GCPO: the chunk's ratio, a geometric mean. Only this step's log-prob is live in it: the sum
+                        # over steps is the whole gradient, and memory does not grow with the chunk. At ratio 1 a step
+                        # weighs 1 / (K size): in [2, 3, 4, 7] each of the first two 3.5 times each of the last seven.
+                        log_ratios = (new_logp - old_logp).T[mb_image].scatter(1, mb_step[:, None], log_ratio[:, None])
+                        log_ratio = (log_ratios * average[mb_image, mb_step]).sum(1)
                         mb_advantage = advantage[mb_image]
                         ratio = log_ratio.exp()
                         clipped = ratio.clamp(1 - args.clip_range, 1 + args.clip_range)
@@ -230,16 +248,14 @@ def main(args):
                             with policy.reference():
                                 _, mean_ref, _ = transition_logp(policy, *transitions)
                             kl = ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(1)
-                            loss = loss + args.kl_coef * kl / mb_same.sum(1)  # GCPO: the chunk's mean
+                            loss = loss + args.kl_coef * kl * own[mb_image, mb_step]  # GCPO: the chunk's mean
                             stats.add(kl_ref=kl)
-                        (loss / count[mb_image].to(loss.device)).sum().div(len(part)).backward()  # GCPO: mean of chunks
+                        (loss / count[mb_image]).sum().div(len(part)).backward()  # GCPO: mean of chunks, then of images
                         stats.add(loss=loss, log_ratio=log_ratio, advantage=mb_advantage)
-                        if update == 0:
-                            stats.add(first_log_ratio=logp - old_logp[mb_step, mb_image], first_step=mb_step)
                     stats.add(grad_norm=run.update())
 
             # log
-            run.images += N
+            run.images += len(latents)
             run.log(
                 {
                     "iteration": iteration,
@@ -248,7 +264,7 @@ def main(args):
                     **{f"reward/{name}": scores.mean().item() for name, scores in parts.items()},
                     "zero_std_groups": zero_std_groups,
                     **stats.metrics(args.clip_range),
-                    **run.chunk_metrics(iteration, l1rel, chunks, G),  # GCPO
+                    **run.chunk_metrics(l1rel, chunks, G),  # GCPO
                 }
             )
 

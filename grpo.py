@@ -1,4 +1,4 @@
-"""GRPO for flow-matching text-to-image models (Flow-GRPO, arXiv 2505.05470; DanceGRPO, arXiv 2505.07818).
+"""GRPO for flow-matching text-to-image models ([FG] Flow-GRPO, arXiv 2505.05470; [DG] DanceGRPO, arXiv 2505.07818).
 
     python grpo.py                        # the bundled tiny model, minutes on a laptop
     python grpo.py --prompts data.txt     # Stable Diffusion 3.5 Medium with LoRA, on a CUDA GPU
@@ -68,7 +68,7 @@ class Args:
     wandb: str | None = HfArg(default=None, help="project to log to as well")
 
 
-# Settings that depend on the model: [FG]'s for SD3; for tiny what was found by trying (README).
+# Settings that depend on the model: [FG]'s for SD3; for tiny what was found by trying.
 DEFAULTS = {
     "tiny": dict(
         iterations=60, prompts_per_iteration=8, group_size=12,
@@ -82,6 +82,18 @@ DEFAULTS = {
         learning_rate=3e-4, clip_range=1e-4, ema_decay=0.9, lora_rank=32, lora_alpha=64.0,
         eval_every=30, eval_steps=40, eval_seeds=1,
     ),
+    "flux": dict(  # a and guidance are [FG]'s for FLUX.1-dev, the rest as for SD3
+        iterations=1000, prompts_per_iteration=48, group_size=24,
+        micro_batch=4, steps=10, guidance=3.5, resolution=512, noise_level=0.9,
+        learning_rate=3e-4, clip_range=1e-4, ema_decay=0.9, lora_rank=32, lora_alpha=64.0,
+        eval_every=30, eval_steps=40, eval_seeds=1,
+    ),
+    "flux2": dict(  # in no paper: as SD3, with the pipeline's own guidance and evaluation steps
+        iterations=1000, prompts_per_iteration=48, group_size=24,
+        micro_batch=8, steps=10, guidance=4.0, resolution=512, noise_level=0.7,
+        learning_rate=3e-4, clip_range=1e-4, ema_decay=0.9, lora_rank=32, lora_alpha=64.0,
+        eval_every=30, eval_steps=50, eval_seeds=1,
+    ),
 }  # fmt: skip
 
 
@@ -89,9 +101,10 @@ DEFAULTS = {
 def rollout(policy, text, owner, noise, sigmas, s, progress=lambda steps: steps):
     """Sample images with the SDE and keep the way there.
 
-    text: of the prompts; owner: (N,) the prompt of each image; noise: T draws (N, C, H, W), the first is the initial
-    latent; sigmas: (T + 1,); s: (T - 1,) noise scales. Returns x (T + 1, N, C, H, W), and logp (T - 1, N), the
-    log-prob of each stochastic transition under the policy that made it.
+    text: from policy.encode; owner: (N,) the row of text of each image; noise: T draws (N, C, H, W), the first is the
+    initial latent; sigmas: (T + 1,); s: (T - 1,) noise scales; progress: puts a bar around the steps. Returns x and
+    x_next (T - 1, N, C, H, W), the states before and after each stochastic transition, its logp (T - 1, N) under the
+    policy that made it, and the final latents (N, C, H, W).
     """
     x, logp = [noise[0]], []
     for step in progress(range(len(s))):
@@ -99,9 +112,10 @@ def rollout(policy, text, owner, noise, sigmas, s, progress=lambda steps: steps)
         mean, std = sde_mean_std(x[step], velocity, sigmas[step], sigmas[step + 1], s[step])
         x.append(mean + std * noise[step + 1])
         logp.append(log_prob(x[step + 1], mean, std))
-    # The last step is the ODE's: it leaves no noise in the image, has no log-prob and is never trained.
-    x.append(common.ode_sample(policy, x[-1], text, owner, sigmas[-2:]))
-    return torch.stack(x), torch.stack(logp)
+    # The last step is the ODE's: it adds no noise, has no log-prob and is never trained.
+    latents = common.ode_sample(policy, x[-1], text, owner, sigmas[-2:])
+    x = torch.stack(x)
+    return x[:-1], x[1:], torch.stack(logp), latents
 
 
 def transition_logp(policy, text, owner, levels, x, x_next, step, image):
@@ -123,12 +137,12 @@ def main(args):
     reward, eval_reward = common.prepare_rewards(args, get_reward)
     prompts = common.read_prompts(args.prompts)
 
-    policy = common.Policy(args)
+    policy = common.Policy(args, latents=3 * args.steps * N)
     optimizer = torch.optim.AdamW(policy.parameters, args.learning_rate, weight_decay=0.0)
     sigmas = policy.sigmas(args.steps)
     s = noise_scale(sigmas, args.sde, args.noise_level)  # (T - 1,)
     levels = sigmas[:-2], sigmas[1:-1], s  # sigma, sigma_next and s of every stochastic step
-    owner = torch.arange(N) // G  # (N,) the prompt of each image
+    owner = torch.arange(N, device=policy.store) // G  # (N,) the prompt of each image
     common.print_plan(args, N, sigmas, s)
 
     with common.Run(args, policy, optimizer, reward, eval_reward) as run:
@@ -141,32 +155,33 @@ def main(args):
                 noise = [policy.noise(N, generator) for _ in range(args.steps)]
                 if args.shared_noise:
                     noise[0] = noise[0][owner * G]
-                x, old_logp = rollout(policy, text, owner, noise, sigmas, s, run.progress("rollout"))
-                x, x_next, latents = x[:-2], x[1:-1], x[-1]
+                progress = run.progress("rollout")
+                x, x_next, old_logp, latents = rollout(policy, text, owner, noise, sigmas, s, progress)
 
             # reward
             with run.phase("reward"):
-                images = policy.decode(latents)
-                rewards, parts = reward(images, [batch[n] for n in owner])
+                captions = [batch[n] for n in owner.tolist()]
+                rewards, parts = common.score(policy, reward, latents, captions)
 
             # advantage
-            advantage, zero_std_groups = group_advantage(rewards.view(P, G), args.adv_std, args.adv_clip)
-            advantage = advantage.flatten().to(policy.device)  # (N,)
+            advantage, zero_std_groups = group_advantage(rewards.view(-1, G), args.adv_std, args.adv_clip)
+            advantage = advantage.flatten().to(x.device)  # (N,)
 
             # update
             stats = common.Stats()
             with run.phase("train"):
-                for update, part in enumerate(torch.arange(N).view(U, -1)):
-                    # Step by step, so that a micro-batch is like one of the rollout: same function, dtype and shapes.
-                    # Then the ratio is 1 in the first update, exactly, as no weight has changed since the rollout; and
-                    # its gradient is A * grad log p. Another ratio there means that rollout and training disagree, and
-                    # every later ratio is wrong by as much.
-                    step, image = torch.cartesian_prod(torch.arange(len(s)), part).T
-                    for mb in run.progress("update")(torch.arange(len(step)).split(args.micro_batch)):
-                        mb_step, mb_image = step[mb], image[mb]
+                for update, part in enumerate(torch.arange(N, device=x.device).view(U, -1)):
+                    step, image = torch.cartesian_prod(torch.arange(len(x), device=x.device), part).T
+                    micro_batches = list(zip(step.split(args.micro_batch), image.split(args.micro_batch)))
+                    for mb_step, mb_image in run.progress("update")(micro_batches):
                         transitions = (text, owner, levels, x, x_next, mb_step, mb_image)
                         logp, mean, std = transition_logp(policy, *transitions)
+                        # In the first update the ratio is 1, exactly: no weight has changed since the rollout, and
+                        # policy.velocity gives every batch one shape. Its gradient is not 0 but A * grad log p. Another
+                        # ratio here means that rollout and training disagree, and that later ratios are wrong as well.
                         log_ratio = logp - old_logp[mb_step, mb_image]
+                        if update == 0:
+                            stats.add(first_log_ratio=log_ratio, first_step=mb_step)
                         mb_advantage = advantage[mb_image]
                         ratio = log_ratio.exp()
                         clipped = ratio.clamp(1 - args.clip_range, 1 + args.clip_range)
@@ -177,14 +192,12 @@ def main(args):
                             kl = ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(1)
                             loss = loss + args.kl_coef * kl
                             stats.add(kl_ref=kl)
-                        (loss / len(s)).sum().div(len(part)).backward()
+                        (loss / len(x)).sum().div(len(part)).backward()
                         stats.add(loss=loss, log_ratio=log_ratio, advantage=mb_advantage)
-                        if update == 0:
-                            stats.add(first_log_ratio=logp - old_logp[mb_step, mb_image], first_step=mb_step)
                     stats.add(grad_norm=run.update())
 
             # log
-            run.images += N
+            run.images += len(latents)
             run.log(
                 {
                     "iteration": iteration,

@@ -3,8 +3,8 @@
     python tempflow_grpo.py                        # the bundled tiny model, minutes on a laptop
     python tempflow_grpo.py --prompts data.txt     # Stable Diffusion 3.5 Medium with LoRA, on a CUDA GPU
 
-One iteration: sample a group of images for every prompt with the SDE (rollout), score them (reward), compare each with
-its group (advantage), and raise the probability of the transitions that led to the better ones (update).
+One iteration: sample ODE trajectories with branches of one SDE step (rollout), score those (reward), compare each with
+the others from the same state (advantage), and raise the probability of the steps that led to the better ones (update).
 """
 
 from dataclasses import dataclass
@@ -72,7 +72,7 @@ class Args:
     wandb: str | None = HfArg(default=None, help="project to log to as well")
 
 
-# Settings that depend on the model: [FG]'s for SD3; for tiny what was found by trying (README).
+# Settings that depend on the model: [FG]'s for SD3; for tiny what was found by trying.
 DEFAULTS = {
     "tiny": dict(
         iterations=60, prompts_per_iteration=4, seeds_per_prompt=2, branches=6,
@@ -86,6 +86,18 @@ DEFAULTS = {
         learning_rate=3e-4, clip_range=1e-4, ema_decay=0.9, lora_rank=32, lora_alpha=64.0,
         eval_every=30, eval_steps=40, eval_seeds=1,
     ),
+    "flux": dict(  # [TF]'s for FLUX.1-dev, and where it tells none, those for SD3
+        iterations=1000, prompts_per_iteration=48, seeds_per_prompt=4, branches=6,
+        micro_batch=2, steps=10, guidance=3.5, resolution=1024, noise_level=0.9,
+        learning_rate=3e-4, clip_range=1e-4, ema_decay=0.9, lora_rank=32, lora_alpha=64.0,
+        eval_every=30, eval_steps=40, eval_seeds=1,
+    ),
+    "flux2": dict(  # in no paper: as SD3, with the pipeline's own guidance and evaluation steps
+        iterations=1000, prompts_per_iteration=48, seeds_per_prompt=4, branches=6,
+        micro_batch=8, steps=10, guidance=4.0, resolution=512, noise_level=0.7,
+        learning_rate=3e-4, clip_range=1e-4, ema_decay=0.9, lora_rank=32, lora_alpha=64.0,
+        eval_every=30, eval_steps=50, eval_seeds=1,
+    ),
 }  # fmt: skip
 
 
@@ -94,10 +106,11 @@ DEFAULTS = {
 def rollout(policy, text, owner, noise, sigmas, s, branch_at, progress=lambda steps: steps):
     """Sample trunks by ODE, and branches that leave them by one SDE step and are finished by ODE.
 
-    text: of the prompts; owner: (N,) the prompt of each seed; noise: (N, C, H, W) of the trunks, then K of (N, B, C, H,
-    W); sigmas: (T + 1,); s: (T - 1,) noise scales; branch_at: K steps in order. All that lives at a step goes through
-    the network together, in one pass over the steps. Returns x (K, N, C, H, W), the trunk where branches leave it,
-    x_next (K, N, B, C, H, W), where they are after their SDE step, its logp (K, N, B), and their ends, like x_next.
+    text: from policy.encode; owner: (N,) the row of text of each seed; noise: (N, C, H, W) of the trunks, then K of (N,
+    B, C, H, W); sigmas: (T + 1,); s: (T - 1,) noise scales; branch_at: K steps in order; progress: a bar around the
+    steps. Trunks and all branches so far go through the network together, in one pass over the steps. Returns x (K, N,
+    C, H, W), where branches leave the trunk, x_next (K, N, B, C, H, W), where they are after their SDE step, its logp
+    (K, N, B), and the final latents (K N B, C, H, W).
     """
     trunk, (N, B) = noise[0], noise[1].shape[:2]
     x, x_next, logp, live, live_owner = [], [], [], trunk[:0], owner[:0]
@@ -110,13 +123,12 @@ def rollout(policy, text, owner, noise, sigmas, s, branch_at, progress=lambda st
         if step in branch_at:
             mean, std = sde_mean_std(trunk, velocity[:N], sigmas[step], sigmas[step + 1], s[step])
             x.append(trunk)
-            x_next.append(mean[:, None] + std * noise[len(x)])
+            x_next.append(mean[:, None] + std * noise[len(x)])  # the len(x)-th branching
             logp.append(log_prob(x_next[-1], mean[:, None], std, batch_dims=2))
             live = torch.cat([live, x_next[-1].flatten(0, 1)])
             live_owner = torch.cat([live_owner, owner.repeat_interleave(B)])
         trunk = moved[: len(stem)]
-    x_next = torch.stack(x_next)
-    return torch.stack(x), x_next, torch.stack(logp), live.view_as(x_next)
+    return torch.stack(x), torch.stack(x_next), torch.stack(logp), live
 
 
 def gradient_scale(sigma, sigma_next, s):
@@ -151,22 +163,22 @@ def transition_logp(policy, text, owner, levels, x, x_next, step, image):
 
 
 def main(args):
-    # TempFlow: N trunks, one a seed, each with K x B branches
+    # TempFlow: N trunks, one a seed; B branches at each step; groups of the branches of a seed, or of a prompt
     P, S, U, B = args.prompts_per_iteration, args.seeds_per_prompt, args.updates_per_iteration, args.branches
-    N = common.settle_batch(args, P * S, B if args.group == "seed" else S * B, usual=6)
-    branch_steps = common.parse_branch_steps(args)
+    G = B if args.group == "seed" else S * B
+    N = common.settle_batch(args, P * S, G, B, usual=6)
+    branch_steps, drawn = common.parse_branch_steps(args)
     reward, eval_reward = common.prepare_rewards(args, get_reward)
     prompts = common.read_prompts(args.prompts)
 
-    policy = common.Policy(args)
+    policy = common.Policy(args, latents=3 * args.steps * N * B)
     optimizer = torch.optim.AdamW(policy.parameters, args.learning_rate, weight_decay=0.0)
     sigmas = policy.sigmas(args.steps)
     s = noise_scale(sigmas, args.sde, args.noise_level)  # (T - 1,)
-    owner = torch.arange(N) // S  # (N,) the prompt of each seed
-    branch_at = branch_steps if isinstance(branch_steps, list) else list(range(len(s)))
-    levels = [level[branch_at] for level in (sigmas[:-2], sigmas[1:-1], s)]  # those of the branched steps, (K,) each
-    weight = step_weights(*levels, args.sde, args.weighting)
-    common.print_plan(args, N, sigmas, s, dict(zip(branch_at, weight)), B)
+    all_levels = [level[branch_steps] for level in (sigmas[:-2], sigmas[1:-1], s)]  # where branches may be
+    all_weights = step_weights(*all_levels, args.sde, args.weighting)
+    owner = torch.arange(N, device=policy.store) // S  # (N,) the prompt of each seed
+    common.print_plan(args, N, sigmas, s, dict(zip(branch_steps, all_weights.tolist())), B)
 
     with common.Run(args, policy, optimizer, reward, eval_reward) as run:
         for iteration in run.iterations():
@@ -175,40 +187,40 @@ def main(args):
                 batch = common.iteration_prompts(prompts, P, iteration, args.seed)
                 text = policy.encode(batch)
                 generator = common.generator(args.seed, "noise", iteration)
-                if isinstance(branch_steps, int):  # TempFlow: as many, drawn anew
-                    branch_at = torch.randperm(len(s), generator=generator)[:branch_steps].sort().values.tolist()
-                    levels = [level[branch_at] for level in (sigmas[:-2], sigmas[1:-1], s)]
-                    weight = step_weights(*levels, args.sde, args.weighting)
-                noise = [policy.noise(N, generator)]
-                noise += [policy.noise(N * B, generator).unflatten(0, (N, B)) for _ in branch_at]
+                # TempFlow: K steps to branch at, all of them or as many drawn
+                dice = common.generator(args.seed, "branches", iteration)
+                chosen = torch.randperm(len(branch_steps), generator=dice)[:drawn].sort().values
+                branch_at, levels = [branch_steps[n] for n in chosen], [level[chosen] for level in all_levels]
+                weight = all_weights[chosen]
+                noise = [policy.noise(N * B, generator).unflatten(0, (N, B)) for _ in branch_at]
+                noise = [policy.noise(N, generator), *noise]
                 progress = run.progress("rollout")
                 x, x_next, old_logp, latents = rollout(policy, text, owner, noise, sigmas, s, branch_at, progress)
 
             # reward
             with run.phase("reward"):
-                images = policy.decode(latents.flatten(0, 2))  # TempFlow: (K N B, 3, H, W)
-                rewards, parts = reward(images, [batch[n] for n in owner.repeat_interleave(B)] * len(branch_at))
+                captions = [batch[n] for n in owner.repeat_interleave(B).tolist()] * len(branch_at)
+                rewards, parts = common.score(policy, reward, latents, captions)
 
             # advantage
-            # TempFlow: a branch is compared with those that left the same state, and credits that step alone
-            groups = rewards.view(-1, B) if args.group == "seed" else rewards.view(-1, S * B)
-            advantage, zero_std_groups = group_advantage(groups, args.adv_std, args.adv_clip)
-            advantage = advantage.view(-1, N, B).to(policy.device)  # (K, N, B)
+            advantage, zero_std_groups = group_advantage(rewards.view(-1, G), args.adv_std, args.adv_clip)
+            advantage = advantage.view(-1, N, B).to(x.device)  # TempFlow: (K, N, B), the credit of one step alone
 
             # update
             stats = common.Stats()
             with run.phase("train"):
-                for update, part in enumerate(torch.arange(N).view(U, -1)):
-                    # Step by step, so that a micro-batch is like one of the rollout: same function, dtype and shapes.
-                    # Then the ratio is 1 in the first update, exactly, as no weight has changed since the rollout; and
-                    # its gradient is A * grad log p. Another ratio there means that rollout and training disagree, and
-                    # every later ratio is wrong by as much.
-                    step, image = torch.cartesian_prod(torch.arange(len(branch_at)), part).T
-                    for mb in run.progress("update")(torch.arange(len(step)).split(args.micro_batch)):
-                        mb_step, mb_image = step[mb], image[mb]
+                for update, part in enumerate(torch.arange(N, device=x.device).view(U, -1)):
+                    step, image = torch.cartesian_prod(torch.arange(len(x), device=x.device), part).T
+                    micro_batches = list(zip(step.split(args.micro_batch), image.split(args.micro_batch)))
+                    for mb_step, mb_image in run.progress("update")(micro_batches):
                         transitions = (text, owner, levels, x, x_next, mb_step, mb_image)
                         logp, mean, std = transition_logp(policy, *transitions)
+                        # In the first update the ratio is 1, exactly: no weight has changed since the rollout, and
+                        # policy.velocity gives every batch one shape. Its gradient is not 0 but A * grad log p. Another
+                        # ratio here means that rollout and training disagree, and that later ratios are wrong as well.
                         log_ratio = logp - old_logp[mb_step, mb_image]
+                        if update == 0:
+                            stats.add(first_log_ratio=log_ratio, first_step=mb_step)
                         mb_advantage = advantage[mb_step, mb_image]
                         ratio = log_ratio.exp()
                         clipped = ratio.clamp(1 - args.clip_range, 1 + args.clip_range)
@@ -220,14 +232,12 @@ def main(args):
                             kl = ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(1)
                             loss = loss + args.kl_coef * kl
                             stats.add(kl_ref=kl)
-                        (loss / len(branch_at)).sum().div(len(part)).backward()
+                        (loss / len(x)).sum().div(len(part)).backward()
                         stats.add(loss=loss, log_ratio=log_ratio, advantage=mb_advantage)
-                        if update == 0:
-                            stats.add(first_log_ratio=logp - old_logp[mb_step, mb_image], first_step=mb_step)
                     stats.add(grad_norm=run.update())
 
             # log
-            run.images += len(images)
+            run.images += len(latents)
             run.log(
                 {
                     "iteration": iteration,

@@ -42,8 +42,8 @@ def metrics(folder, times=True):
 class DoublePolicy(common.Policy):
     """The policy in float64, so that a gradient can be compared to many digits."""
 
-    def __init__(self, args):
-        super().__init__(args)
+    def __init__(self, args, **kwargs):
+        super().__init__(args, **kwargs)
         self.transformer.double()
 
     def encode(self, prompts):
@@ -77,8 +77,8 @@ def record(monkeypatch, tmp_path):
             keep("draw_chunks", seen.chunks)
         base = DoublePolicy if double else common.Policy
 
-        def make_policy(args):
-            seen.policy = base(args)
+        def make_policy(args, **kwargs):
+            seen.policy = base(args, **kwargs)
             return seen.policy
 
         original_update = common.Run.update

@@ -98,7 +98,7 @@ def test_reward_of_a_branch_goes_to_its_own_step_seed_and_prompt(record, monkeyp
     rewards = seen.advantages[0][0][0].view(4, 4, 3)
     for k in range(4):
         for n in range(4):
-            images = policy.decode(ends[k, n])
+            images = policy.decode(ends.view(4, 4, 3, 8, 8, 8)[k, n])
             torch.testing.assert_close(rewards[k, n], images.flatten(1).mean(1), atol=1e-5, rtol=0)
             assert asked[1][1][(k * 4 + n) * 3] == batch[n // 2]
 

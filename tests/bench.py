@@ -1,0 +1,385 @@
+"""Measurements. Each subcommand is a function below; `python tests/bench.py COMMAND --help` tells its options.
+
+python tests/bench.py model --model sd3 --resolution 512            # speed and memory at the true size, on CUDA
+python tests/bench.py model --model flux --resolution 512 --tiny    # the same lines from a toy, on a CPU
+"""
+
+import argparse
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import common  # noqa: E402
+import gcpo  # noqa: E402
+import grpo  # noqa: E402
+import tempflow_grpo  # noqa: E402
+
+# ---------------------------------------------------------------- model: speed and memory at the true sizes
+
+# For each family: the transformer's class and settings, its parameters in billions, the shapes of a prompt's text, and
+# what --tiny changes.
+SIZES = {
+    "sd3": dict(
+        transformer="SD3Transformer2DModel",
+        config=dict(
+            sample_size=128,
+            patch_size=2,
+            in_channels=16,
+            out_channels=16,
+            num_layers=24,
+            attention_head_dim=64,
+            num_attention_heads=24,
+            joint_attention_dim=4096,
+            caption_projection_dim=1536,
+            pooled_projection_dim=2048,
+            pos_embed_max_size=384,
+            dual_attention_layers=tuple(range(13)),
+            qk_norm="rms_norm",
+        ),
+        parameters=2.243,
+        text=[(77 + 256, 4096), (2048,)],
+        vae=dict(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609),
+        tiny=dict(num_layers=2, num_attention_heads=2, caption_projection_dim=128, dual_attention_layers=(0,)),
+    ),
+    "flux": dict(
+        transformer="FluxTransformer2DModel",
+        config=dict(
+            patch_size=1,
+            in_channels=64,
+            num_layers=19,
+            num_single_layers=38,
+            attention_head_dim=128,
+            num_attention_heads=24,
+            joint_attention_dim=4096,
+            pooled_projection_dim=768,
+            guidance_embeds=True,
+        ),
+        parameters=11.90,
+        text=[(512, 4096), (768,)],
+        vae=dict(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159),
+        tiny=dict(num_layers=1, num_single_layers=1, num_attention_heads=2),
+    ),
+    "flux2": dict(
+        transformer="Flux2Transformer2DModel",
+        config=dict(
+            in_channels=128,
+            num_layers=5,
+            num_single_layers=20,
+            attention_head_dim=128,
+            num_attention_heads=24,
+            joint_attention_dim=7680,
+            guidance_embeds=False,
+        ),
+        parameters=3.88,
+        text=[(512, 7680)],
+        vae=dict(latent_channels=32),
+        tiny=dict(num_layers=1, num_single_layers=1, num_attention_heads=2),
+    ),
+}
+CHUNK = 7  # the longest of [GC]'s fixed sizes 2, 3, 4, 7
+
+
+def make_transformer(name, tiny=False):
+    import diffusers
+
+    size = SIZES[name]
+    return getattr(diffusers, size["transformer"])(**size["config"] | (size["tiny"] if tiny else {}))
+
+
+def make_vae(name, tiny=False):
+    import diffusers
+
+    channels = (32,) * 4 if tiny else (128, 256, 512, 512)
+    options = dict(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=channels,
+        layers_per_block=1 if tiny else 2,
+    )
+    if name != "flux2":
+        options |= dict(use_quant_conv=False, use_post_quant_conv=False)
+    vae_class = diffusers.AutoencoderKLFlux2 if name == "flux2" else diffusers.AutoencoderKL
+    return vae_class(**options, **SIZES[name]["vae"])
+
+
+def make_policy(args, dtype, **settings):
+    """A Policy whose transformer and VAE have the true sizes and random weights, made on the device in dtype."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    import diffusers
+
+    import small_pipelines
+
+    diffusers.utils.logging.set_verbosity_error()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(args.device):
+            transformer, vae = make_transformer(args.model, args.tiny), make_vae(args.model, args.tiny)
+    finally:
+        torch.set_default_dtype(before)
+    for weight in transformer.parameters():  # some are zero at first, and would hide errors of rounding
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.02)
+    pipe = small_pipelines.MAKERS[args.model]()  # its scheduler and methods; its encoders are not used
+    pipe.register_modules(transformer=transformer.to(dtype), vae=vae.to(dtype))
+    pipe.vae_scale_factor, pipe.patch_size = 8, transformer.config.patch_size
+    defaults = grpo.DEFAULTS[args.model]
+    names = ("guidance", "lora_rank", "lora_alpha")
+    usual = {name: defaults[name] for name in names} | dict(model="random", seed=0, dtype=str(dtype).split(".")[1])
+    usual |= {name: getattr(args, name) for name in ("device", "resolution", "micro_batch", "compile")}
+    usual |= {"gradient_checkpointing": args.gradient_checkpointing}
+    return common.Policy(SimpleNamespace(**usual | settings), pipe=pipe)
+
+
+def make_text(args, policy, rows=2):
+    generator = torch.Generator().manual_seed(0)
+    dtype, shapes = policy.transformer.dtype, SIZES[args.model]["text"]
+    return [torch.randn(rows + 1, *shape, generator=generator).to(policy.device, dtype) for shape in shapes]
+
+
+def timed(device, function, warm_up=True):
+    """Seconds of a call, and its peak memory in GB (nan on a CPU). The warm-up pays for compiling and allocating."""
+    cuda = torch.device(device).type == "cuda"
+    if warm_up:
+        function()
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    function()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, torch.cuda.max_memory_allocated() / 1e9 if cuda else float("nan")
+
+
+def matrix_rate(device, dtype):
+    """FLOP/s of the best of several products of two square matrices."""
+    size, rounds = (8192, 20) if torch.device(device).type == "cuda" else (1024, 3)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / min(timed(device, lambda: a @ b)[0] for _ in range(rounds))
+
+
+def count_flops(args, policy):
+    """FLOPs of one velocity evaluation (one image, one pass) forward, and forward with backward, counted on meta.
+
+    Without the adapter forward. Backward has no gradients of the frozen weights, so it is about one forward, not two.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    family = type(policy.family)
+    with torch.device("meta"):
+        transformer = make_transformer(args.model, args.tiny).requires_grad_(False)
+        x = torch.empty(1, *policy.shape, requires_grad=True)
+        text, sigma = [torch.empty(1, *shape) for shape in SIZES[args.model]["text"]], torch.empty(1)
+        pipe = SimpleNamespace(transformer=transformer, vae_scale_factor=8, config=SimpleNamespace(is_distilled=False))
+        for name in ("_pack_latents", "_unpack_latents", "_prepare_latent_image_ids"):
+            setattr(pipe, name, getattr(policy.pipe, name, None))
+        for name in ("_prepare_text_ids", "_prepare_latent_ids"):
+            setattr(pipe, name, getattr(policy.pipe, name, None))
+        with FlopCounterMode(display=False) as counter:
+            velocity = family(pipe).predict(x, sigma, text, 1.0)
+        forward = counter.get_total_flops()
+        with FlopCounterMode(display=False) as counter:
+            velocity.sum().backward()
+    return forward, forward + counter.get_total_flops()
+
+
+def phases(policy, text, batches, steps, autocast):
+    """Functions that do some of a rollout, of training and of decoding, and a dict that they write results to."""
+    M, results = policy.micro_batch, {}
+    N = M * batches
+    sigmas, owner = policy.sigmas(steps), torch.arange(N, device=policy.store) % 2
+    s, generator = common.noise_scale(sigmas, "flow", 0.7), torch.Generator().manual_seed(0)
+    noise = [policy.noise(N, generator) for _ in range(steps)]
+    optimizer = torch.optim.AdamW(policy.parameters, 0.0)
+
+    def rollout():
+        with autocast():
+            results["x"], results["logp"] = grpo.rollout(policy, text, owner, noise, sigmas, s)
+
+    def train():
+        x, errors = results["x"], []
+        step, image = torch.cartesian_prod(torch.arange(steps - 1), torch.arange(N)).T.to(policy.store)
+        for mb_step, mb_image in zip(step.split(M), image.split(M)):
+            with autocast():
+                transitions = (x[:-2], x[1:-1], sigmas, s, mb_step, mb_image)
+                logp, _, _ = grpo.transition_logp(policy, text, owner, *transitions)
+            log_ratio = logp - results["logp"][mb_step, mb_image]
+            log_ratio.exp().mean().backward()
+            errors.append(log_ratio.detach().abs().max())
+        optimizer.step()
+        optimizer.zero_grad()
+        results["ratio_error"] = torch.stack(errors).max().item()
+
+    def decode():
+        policy.decode(results["x"][-1])
+
+    return {"rollout": rollout, "train": train, "decode": decode}, results, N
+
+
+def measure(args, policy, text, flops, rate, autocast=nullcontext):
+    """Print the phases of a policy; returns velocity evaluations a second of rollout and training, images of decode."""
+    functions, results, images = phases(policy, text, args.batches, 3, autocast)
+    speed = {}
+    for name, function in functions.items():
+        policy.velocity_evals = 0
+        seconds, peak = timed(args.device, function)
+        evals = policy.velocity_evals / 2  # the warm-up counts too
+        if name == "decode":
+            speed[name] = images / seconds
+            print(f"  {name:8s} {speed[name]:9.3f} images/s{'':29s} peak {peak:7.2f} GB")
+            continue
+        speed[name] = evals / seconds
+        # a backward counts as two evaluations, and its FLOPs are counted as they are
+        work = evals / 3 * flops[1] if name == "train" else evals * flops[0]
+        share = work / seconds / rate
+        print(f"  {name:8s} {speed[name]:9.3f} velocity evals/s  {share:6.1%} of matrix rate  peak {peak:7.2f} GB")
+    print(f"  largest |log ratio| before any update {results['ratio_error']:.1e}")
+    return speed
+
+
+def script_evals(model):
+    """{script: (velocity evaluations of a rollout, of training, images)} of one iteration, by DEFAULTS [spec of each].
+
+    GCPO trains chunk_fraction of the transitions; updates after the first take one more forward for the chunks' ratio.
+    """
+    passes = 1 if model == "flux" else 2  # guidance
+    d, chunk_fraction = grpo.DEFAULTS[model], gcpo.Args.chunk_fraction
+    N, T = d["prompts_per_iteration"] * d["group_size"], d["steps"]
+    counts = {"grpo.py": (N * T, 3 * N * (T - 1), N)}
+    d, updates = gcpo.DEFAULTS[model], gcpo.Args.updates_per_iteration
+    N, T = d["prompts_per_iteration"] * d["group_size"], d["steps"]
+    counts["gcpo.py"] = (N * T, chunk_fraction * N * (T - 1) * (3 + (updates - 1) / updates), N)
+    d = tempflow_grpo.DEFAULTS[model]
+    N, T, B = d["prompts_per_iteration"] * d["seeds_per_prompt"], d["steps"], d["branches"]
+    counts["tempflow_grpo.py"] = (N * (T - 1) + N * B * T * (T - 1) // 2, 3 * N * (T - 1), N * B * (T - 1))
+    return {script: (passes * r, passes * t, images) for script, (r, t, images) in counts.items()}
+
+
+def print_iterations(args, speed, repeated=1):
+    """Time of one iteration of each script by DEFAULTS, from the speeds measured; resolution and batch are args'."""
+    for script, (rollout, train, images) in script_evals(args.model).items():
+        if repeated > 1 and "tempflow" not in script:
+            continue
+        seconds = [rollout / speed["rollout"], repeated * train / speed["train"], images / speed["decode"]]
+        told = "  ".join(f"{n} {t:9.1f} s" for n, t in zip(("rollout", "train", "decode"), seconds))
+        print(f"  {script:17s} {sum(seconds):9.1f} s an iteration: {told}")
+
+
+def bench_branches(args, policy, text, branches=6):
+    """Training on the branches of a micro-batch of states: one velocity a state, or one a branch as in [TF]'s code."""
+    M = policy.micro_batch
+    sigmas, owner = policy.sigmas(3), torch.arange(M, device=policy.store) % 2
+    s, generator = common.noise_scale(sigmas, "flow", 0.7), torch.Generator().manual_seed(0)
+    x, x_next = policy.noise(M, generator)[None], policy.noise(M * branches, generator).unflatten(0, (1, M, branches))
+    x, x_next = x.expand(2, *x.shape[1:]), x_next.expand(2, *x_next.shape[1:])
+    image, step = torch.arange(M, device=policy.store), torch.zeros(M, dtype=torch.long, device=policy.store)
+
+    def shared():
+        schedule = (sigmas, s, step, image)
+        tempflow_grpo.transition_logp(policy, text, owner, x, x_next, *schedule)[0].mean().backward()
+
+    def repeated():
+        for b in range(branches):
+            schedule = (sigmas, s, step, image)
+            grpo.transition_logp(policy, text, owner, x, x_next[:, :, b], *schedule)[0].mean().backward()
+
+    return {"states shared": timed(args.device, shared), "states repeated": timed(args.device, repeated)}
+
+
+def bench_chunk(args, policy, text):
+    """A chunk of CHUNK transitions of one image: a micro-batch at a time, or in one graph as in [GC]'s code."""
+    sigmas, owner = policy.sigmas(CHUNK + 1), torch.zeros(1, dtype=torch.long, device=policy.store)
+    s, generator = common.noise_scale(sigmas, "flow", 0.7), torch.Generator().manual_seed(0)
+    x = torch.stack([policy.noise(1, generator) for _ in range(CHUNK + 1)])
+    step, M = torch.arange(CHUNK, device=policy.store), policy.micro_batch
+
+    def chunk(size):
+        policy.micro_batch = size
+        for part in step.split(size):
+            transitions = (sigmas, s, part, torch.zeros_like(part))
+            grpo.transition_logp(policy, text, owner, x[:-1], x[1:], *transitions)[0].mean().backward()
+        policy.micro_batch = M
+
+    return {f"{size} at a time": timed(args.device, lambda size=size: chunk(size)) for size in (1, CHUNK)}
+
+
+def bench_model(args):
+    """Velocity evaluations, share of the matrix rate and memory by phase; time of an iteration of each script."""
+    torch.manual_seed(0)
+    dtype = common.DTYPES[args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")]
+    with torch.device("meta"):
+        billions = sum(p.numel() for p in make_transformer(args.model, args.tiny).parameters()) / 1e9
+    machine = (
+        torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
+    )
+    print(
+        f"{args.model} at {args.resolution} px, {billions:.3f} billion parameters, {machine}, torch {torch.__version__}"
+    )
+    rate = matrix_rate(args.device, dtype)
+    print(f"matrix product in {dtype}: {rate / 1e12:.2f} TFLOP/s")
+    policy = make_policy(args, dtype)
+    text, flops = make_text(args, policy), count_flops(args, policy)
+    print(f"one velocity evaluation: {flops[0] / 1e12:.4f} TFLOP forward, {flops[1] / 1e12:.4f} with backward")
+
+    own = {p.__name__: p.DEFAULTS[args.model]["resolution"] for p in (grpo, gcpo, tempflow_grpo)}
+    print(f"iterations are estimates from these speeds, at {args.resolution} px; the scripts' defaults are {own}")
+    print(f"weights in {dtype}, adapter in float32, {args.micro_batch} latents at a time")
+    speed = measure(args, policy, text, flops, rate)
+    print_iterations(args, speed)
+
+    print("branches of one state, 6 each")
+    for name, (seconds, peak) in bench_branches(args, policy, text).items():
+        print(f"  {name:16s} {seconds:9.3f} s  peak {peak:7.2f} GB")
+    print("with states repeated, as in TempFlow-GRPO's code")
+    print_iterations(args, speed, repeated=6)
+
+    print(f"a chunk of {CHUNK} transitions")
+    try:
+        for name, (seconds, peak) in bench_chunk(args, policy, text).items():
+            print(f"  {name:16s} {seconds:9.3f} s  peak {peak:7.2f} GB")
+    except torch.OutOfMemoryError:
+        print("  out of memory")
+
+    print("weights in float32 under autocast, as Flow-GRPO keeps them")
+    policy.transformer.to(torch.float32)
+    half = torch.bfloat16 if dtype == torch.float32 else dtype
+    policy.pipe.vae.to(dtype)
+    try:
+        autocast = lambda: torch.autocast(policy.device.type, half)  # noqa: E731
+        print_iterations(args, measure(args, policy, text, flops, rate, autocast))
+    except torch.OutOfMemoryError:
+        print("  out of memory")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("model", help=bench_model.__doc__)
+    command.set_defaults(function=bench_model)
+    command.add_argument("--model", choices=list(SIZES), default="sd3")
+    command.add_argument("--resolution", type=int, default=512, help="pixels a side")
+    command.add_argument("--micro-batch", type=int, default=8, help="latents in one forward")
+    command.add_argument("--batches", type=int, default=2, help="micro-batches a step, to measure")
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    command.add_argument("--dtype", choices=list(common.DTYPES), help="default: bfloat16 on CUDA, float32 on a CPU")
+    command.add_argument("--gradient-checkpointing", action="store_true")
+    command.add_argument("--compile", action="store_true", help="torch.compile the transformer's blocks")
+    command.add_argument("--tiny", action="store_true", help="one or two narrow layers, to try this out on a CPU")
+
+    args = parser.parse_args()
+    args.function(args)
+
+
+if __name__ == "__main__":
+    main()

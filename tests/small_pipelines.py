@@ -1,0 +1,186 @@
+"""Pipelines of every family, of the real classes but a few thousand weights, all random; nothing is fetched."""
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from tokenizers import pre_tokenizers
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+TEXT_TOKENS = 24  # of CLIP: a letter is a token
+
+
+def clip_tokenizer():
+    pieces = [*LETTERS, *(letter + "</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={p: n for n, p in enumerate(pieces)}, merges=[], model_max_length=TEXT_TOKENS)
+
+
+def clip(tokenizer, model_class):
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=TEXT_TOKENS,
+        projection_dim=16,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return model_class(config)
+
+
+def t5():
+    pieces = ["<pad>", "</s>", "<unk>", *("▁" + LETTERS)]
+    tokenizer = T5Tokenizer(vocab=[(p, 0.0 if n < 3 else -2.0) for n, p in enumerate(pieces)], extra_ids=0)
+    config = T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)
+    return tokenizer, T5EncoderModel(config)
+
+
+def qwen3():
+    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Qwen2Tokenizer(
+        vocab={p: n for n, p in enumerate(pieces)},
+        merges=[],
+        additional_special_tokens=pieces[-2:],
+        chat_template="{% for m in messages %}<|im_start|>{{m.role}}\n{{m.content}}<|im_end|>\n{% endfor %}",
+    )
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=27,  # the pipeline reads the states after layers 9, 18 and 27
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    return tokenizer, Qwen3ForCausalLM(config)
+
+
+def autoencoder(model_class, **options):
+    return model_class(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=32,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        **options,
+    )
+
+
+def sd3(dynamic_shifting=False):
+    tokenizer = clip_tokenizer()
+    tokenizer_3, text_encoder_3 = t5()
+    return StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(
+            sample_size=16,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=32,
+            caption_projection_dim=32,
+            pooled_projection_dim=32,
+            pos_embed_max_size=8,
+            dual_attention_layers=(0,),
+            qk_norm="rms_norm",
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic_shifting),
+        vae=autoencoder(AutoencoderKL, scaling_factor=1.5, shift_factor=0.1),
+        text_encoder=clip(tokenizer, CLIPTextModelWithProjection),
+        tokenizer=tokenizer,
+        text_encoder_2=clip(tokenizer, CLIPTextModelWithProjection),
+        tokenizer_2=tokenizer,
+        text_encoder_3=text_encoder_3,
+        tokenizer_3=tokenizer_3,
+    )
+
+
+def flux(guidance_embeds=True):
+    tokenizer, (tokenizer_2, text_encoder_2) = clip_tokenizer(), t5()
+    return FluxPipeline(
+        transformer=FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=16,
+            guidance_embeds=guidance_embeds,
+            axes_dims_rope=(4, 4, 8),
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=autoencoder(AutoencoderKL, scaling_factor=0.36, shift_factor=0.1),
+        text_encoder=clip(tokenizer, CLIPTextModel),
+        tokenizer=tokenizer,
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=tokenizer_2,
+    )
+
+
+def flux2(is_distilled=False):
+    tokenizer, text_encoder = qwen3()
+    vae = autoencoder(AutoencoderKLFlux2)
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    return Flux2KleinPipeline(
+        transformer=Flux2Transformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=48,
+            axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=False,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        is_distilled=is_distilled,
+    )
+
+
+MAKERS = {"sd3": sd3, "flux": flux, "flux2": flux2}
+
+
+def save(folder, name, seed=0, **options):
+    """Make the pipeline of a family with random weights, save it into folder. Pictures are 16 pixels wide."""
+    torch.manual_seed(seed)
+    pipe = MAKERS[name](**options)
+    for weight in pipe.transformer.parameters():  # the real initialisation has zeros: then nothing would be tested
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=1.0 / weight[0].numel() ** 0.5)
+    pipe.save_pretrained(folder)
+    return pipe

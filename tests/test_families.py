@@ -1,0 +1,324 @@
+"""The three families against diffusers' own pipelines, on small ones with random weights (small_pipelines.py)."""
+
+import json
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import diffusers
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import bench  # noqa: E402
+import common  # noqa: E402
+import gcpo  # noqa: E402
+import grpo  # noqa: E402
+import small_pipelines  # noqa: E402
+import tempflow_grpo  # noqa: E402
+from rewards import get_reward  # noqa: E402
+
+PROMPTS = ["a red circle", "two blue squares"]
+FAMILIES = list(small_pipelines.MAKERS)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """model("sd3") is the folder of a small pipeline, made once."""
+
+    @cache
+    def make(name, **options):
+        folder = tmp_path_factory.mktemp(name) / "model"
+        small_pipelines.save(folder, name, **options)
+        return folder
+
+    return make
+
+
+def make_policy(folder, **settings):
+    usual = dict(model=str(folder), device="cpu", dtype="float32", guidance=3.0, micro_batch=2, resolution=16, seed=0)
+    usual |= dict(lora_rank=2, lora_alpha=4.0, gradient_checkpointing=False, compile=False)
+    return common.Policy(SimpleNamespace(**usual | settings))
+
+
+def rollout_images(policy, noise, steps=4):
+    """The end of a rollout without noise, and its pictures."""
+    sigmas, text = policy.sigmas(steps), policy.encode(PROMPTS)
+    draws = [noise] + [torch.ones_like(noise)] * (steps - 1)
+    x, _ = grpo.rollout(policy, text, torch.arange(len(noise)), draws, sigmas, torch.zeros(steps - 1))
+    return x[-1], policy.decode(x[-1])
+
+
+def pipeline_images(pipe, family, noise, guidance, steps=4):
+    """The same from the pipeline itself: latents as it gives them, pictures (B, 3, H, W)."""
+    latents = noise
+    if family == "flux":
+        latents = pipe._pack_latents(noise, *noise.shape)
+    options = dict(prompt=PROMPTS, latents=latents, guidance_scale=guidance, num_inference_steps=steps)
+    pipe.set_progress_bar_config(disable=True)
+    options |= dict(height=16, width=16, return_dict=False)
+    return pipe(**options, output_type="latent")[0], pipe(**options, output_type="pt")[0]
+
+
+def as_pipeline(policy, family, x):
+    """Latents of a rollout in the form in which the pipeline gives them."""
+    if family == "flux":
+        return policy.pipe._pack_latents(x, *x.shape)
+    if family == "flux2":
+        bn = policy.pipe.vae.bn
+        std = (bn.running_var + policy.pipe.vae.config.batch_norm_eps).sqrt()
+        return policy.pipe._unpatchify_latents(x * std.view(1, -1, 1, 1) + bn.running_mean.view(1, -1, 1, 1))
+    return x
+
+
+def difference(a, b):
+    assert a.shape == b.shape
+    return (a - b).abs().max().item()
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("sd3", {}),
+        ("sd3", {"dynamic_shifting": True}),
+        ("flux", {}),
+        ("flux", {"guidance_embeds": False}),
+        ("flux2", {}),
+        ("flux2", {"is_distilled": True}),
+    ],
+    ids=["sd3", "sd3-dynamic", "flux", "flux-no-guidance", "flux2", "flux2-distilled"],
+)
+def test_rollout_without_noise_is_the_pipeline(model, family, options, guidance):
+    policy = make_policy(model(family, **options), guidance=guidance)
+    noise = policy.noise(2, torch.Generator().manual_seed(3))
+    x, images = rollout_images(policy, noise)
+    evals = policy.velocity_evals
+    latents, expected = pipeline_images(policy.pipe, family, noise, guidance)
+    assert difference(as_pipeline(policy, family, x), latents) < 1e-5
+    assert difference(images, expected) < 1e-5
+    assert expected.std() > 0.01  # pictures of something
+    two_pass = guidance > 1 and family != "flux" and not options.get("is_distilled")
+    assert evals == 2 * 4 * (2 if two_pass else 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_guidance_and_text_change_the_pictures(model, family):
+    noise = None
+    ends = []
+    for guidance in (1.0, 3.0):
+        policy = make_policy(model(family), guidance=guidance)
+        noise = policy.noise(1, torch.Generator().manual_seed(3)).repeat(2, 1, 1, 1) if noise is None else noise
+        ends.append(rollout_images(policy, noise)[0])
+    assert difference(ends[0], ends[1]) > 1e-3
+    assert difference(ends[0][0], ends[0][1]) > 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_round_trip(model, family, tmp_path):
+    """A saved adapter, loaded by the plain pipeline, gives the pictures of the policy that saved it."""
+    policy = make_policy(model(family), guidance=3.0)
+    noise = policy.noise(2, torch.Generator().manual_seed(3))
+    before = rollout_images(policy, noise)[1]
+    torch.manual_seed(1)
+    for parameter in policy.parameters:
+        torch.nn.init.normal_(parameter, std=0.2)
+    images = rollout_images(policy, noise)[1]
+    assert difference(images, before) > 1e-2
+    policy.save_lora(tmp_path)
+    pipe = type(policy.pipe).from_pretrained(str(model(family)))
+    pipe.load_lora_weights(tmp_path)
+    assert difference(pipeline_images(pipe, family, noise, 3.0)[1], images) < 1e-4
+
+
+def run(script, folder, prompts, output, *options):
+    command = [sys.executable, str(ROOT / script), "--model", str(folder), "--prompts", str(prompts)]
+    command += "--reward jpeg_compressibility --device cpu --steps 4 --eval_steps 2 --prompts_per_iteration 2".split()
+    command += [*"--micro_batch 4 --resolution 16 --lora_rank 2 --iterations 1 --output".split(), str(output), *options]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+SIZES = {"grpo.py": ["--group_size", "4"], "gcpo.py": ["--group_size", "4"]}
+SIZES["tempflow_grpo.py"] = ["--seeds_per_prompt", "2", "--branches", "4"]
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    return tmp_path / "prompts.txt"
+
+
+def check_run(result, output):
+    assert result.returncode == 0, result.stderr
+    metrics = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
+    assert metrics["iteration"] == 1
+    assert metrics["ratio_first_error"] == 0.0
+    assert metrics["skipped_updates"] == 0 and metrics["grad_norm"] > 0
+    return metrics
+
+
+@pytest.mark.parametrize("script", SIZES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_iteration(model, prompts, tmp_path, family, script):
+    result = run(script, model(family), prompts, tmp_path / "run", *SIZES[script])
+    metrics = check_run(result, tmp_path / "run")
+    passes = 1 if family == "flux" else 2  # the default guidance is above 1
+    trunks = 2 * 2 * 4
+    rollout, train = (2 * 2 * (3 + 4 * 4 * 3 // 2), trunks * 3 * 3 // 4) if "temp" in script else (8 * 4, 8 * 3 * 3)
+    if "gcpo" not in script:  # which draws its chunks
+        assert metrics["velocity_evals"] == passes * (rollout + train)
+    lora = "pytorch_lora_weights.safetensors"
+    assert (tmp_path / "run" / "lora" / lora).exists()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_weights_and_float32_mathematics(model, family, dtype):
+    """The network's weights are halves; latents, Gaussians, log-probs and LoRA are float32, and the ratio is 1."""
+    policy = make_policy(model(family), dtype=dtype)
+    frozen = {p.dtype for p in policy.transformer.parameters() if not p.requires_grad}
+    assert policy.transformer.dtype == common.DTYPES[dtype]
+    assert frozen == {common.DTYPES[dtype]} and {p.dtype for p in policy.parameters} == {torch.float32}
+    sigmas, text, owner = policy.sigmas(4), policy.encode(PROMPTS), torch.arange(4) // 2
+    s, generator = common.noise_scale(sigmas, "flow", 0.7), torch.Generator().manual_seed(0)
+    noise = [policy.noise(4, generator) for _ in range(4)]
+    x, old_logp = grpo.rollout(policy, text, owner, noise, sigmas, s)
+    step, image = torch.tensor([1, 1]), torch.tensor([2, 3])
+    logp, mean, std = grpo.transition_logp(policy, text, owner, x[:-2], x[1:-1], sigmas, s, step, image)
+    assert {t.dtype for t in (x, old_logp, logp, mean, std, sigmas, s)} == {torch.float32}
+    assert torch.equal(logp, old_logp[step, image])
+    logp.sum().backward()
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in policy.parameters)
+    assert policy.decode(x[-1]).isfinite().all()
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("sd3", "float16"), ("flux", "bfloat16"), ("flux2", "bfloat16")])
+def test_one_iteration_in_half_precision(model, prompts, tmp_path, family, dtype):
+    result = run("grpo.py", model(family), prompts, tmp_path / "run", "--dtype", dtype, *SIZES["grpo.py"])
+    check_run(result, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("family", "resolution", "told"),
+    [("sd3", 18, "multiple of 4"), ("sd3", 64, "32 is the most"), ("flux", 18, "of 4"), ("flux2", 18, "of 4")],
+)
+def test_resolution_the_model_cannot_do(model, family, resolution, told):
+    with pytest.raises(common.StopRun, match=told) as error:
+        make_policy(model(family), resolution=resolution)
+    assert error.value.exit_status == 2
+
+
+def test_resolution_is_refused_before_weights_are_loaded(tmp_path, prompts):
+    result = run("grpo.py", "tiny", prompts, tmp_path / "run", "--resolution", "40", "--group_size", "8")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert "--resolution 40" in result.stderr and "32 is the most" in result.stderr
+
+
+def test_another_pipeline_is_refused_with_the_list(tmp_path, prompts):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    result = run("grpo.py", tmp_path / "other", prompts, tmp_path / "run")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    for name in ("StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline", "Flux2KleinPipeline"):
+        assert name in result.stderr
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_targets(family):
+    """Which layers have an adapter: attention for SD3, feed-forward too for FLUX; never the first or last layer."""
+    transformer = small_pipelines.MAKERS[family]().transformer
+    targets = {"sd3": common.SD3, "flux": common.Flux, "flux2": common.Flux2Klein}[family].targets
+    from peft import LoraConfig
+
+    transformer.add_adapter(LoraConfig(r=2, target_modules=targets))
+    names = {name.split(".lora_A")[0] for name, _ in transformer.named_parameters() if ".lora_A" in name}
+    assert all("transformer_blocks." in name for name in names)
+    expected = {"to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"}
+    attention = {
+        name.split("transformer_blocks.0.attn.")[1]
+        for name in names
+        if name.startswith("transf") and ".attn." in name and ".0." in name
+    }
+    assert expected >= attention >= expected - {"to_add_out"}
+    single = {name.split(".0.", 1)[1] for name in names if name.startswith("single")}
+    forward = {name.split(".0.", 1)[1] for name in names if ".ff" in name}
+    if family == "sd3":
+        assert not forward and not single
+    if family == "flux":
+        assert forward == {"ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"}
+        assert single == {"attn.to_q", "attn.to_k", "attn.to_v"}
+    if family == "flux2":
+        assert forward == {"ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out"}
+        assert single == {"attn.to_qkv_mlp_proj", "attn.to_out"}
+
+
+def test_ten_thousand_prompts():
+    """Each epoch is a permutation of the file, and drawing an iteration's prompts takes no time."""
+    prompts, start = [f"prompt {n}" for n in range(10_000)], time.perf_counter()
+    drawn = [p for iteration in range(1, 418) for p in common.iteration_prompts(prompts, 48, iteration, seed=3)]
+    assert time.perf_counter() - start < 5
+    first, second = drawn[:10_000], drawn[10_000:20_000]
+    assert sorted(first) == sorted(second) == sorted(prompts) and first != second and first != prompts
+
+
+def test_only_the_prompts_in_use_are_encoded(model, tmp_path, monkeypatch):
+    """The file has 10,000 prompts; the encoders see those of the evaluation and of the iteration, and the empty one."""
+    (tmp_path / "prompts.txt").write_text("\n".join(f"prompt {n}" for n in range(10_000)))
+    seen, encode = set(), common.SD3.encode
+    monkeypatch.setattr(common.SD3, "encode", lambda self, texts: seen.update(texts) or encode(self, texts))
+    command = f"--model {model('sd3')} --prompts {tmp_path}/prompts.txt --reward jpeg_compressibility --device cpu"
+    command += " --steps 2 --eval_steps 1 --prompts_per_iteration 2 --group_size 8 --micro_batch 16 --resolution 16"
+    command += f" --lora_rank 2 --iterations 1 --output {tmp_path}/run"
+    start = time.perf_counter()
+    grpo.main(common.parse_args(grpo.Args, grpo.DEFAULTS, command.split()))
+    assert time.perf_counter() - start < 20
+    assert len(seen) <= common.MAX_EVAL_PROMPTS + 2 + 1
+
+
+def test_scores_in_slices_are_the_scores(model):
+    policy = make_policy(model("flux"))
+    latents, prompts = policy.noise(7, torch.Generator().manual_seed(0)), [f"prompt {n}" for n in range(7)]
+    reward = get_reward("jpeg_compressibility=0.5")
+    whole, parts = common.score(policy, reward, latents, prompts)
+    sliced, sliced_parts = common.score(policy, reward, latents, prompts, at_once=2)
+    assert torch.equal(whole, sliced) and torch.equal(parts["jpeg_compressibility"], whole / 0.5)
+    assert parts.keys() == sliced_parts.keys() and len(whole) == 7
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_benchmark_has_the_true_sizes(family):
+    """Parameters as in the published weights, counted without memory."""
+    with torch.device("meta"):
+        transformer = bench.make_transformer(family)
+    billions = sum(parameter.numel() for parameter in transformer.parameters()) / 1e9
+    assert billions == pytest.approx(bench.SIZES[family]["parameters"], rel=2e-3)
+
+
+def test_benchmark_counts_as_the_scripts_do():
+    """A prompt at T = 10: 1116 + 108 evaluations, 216 images for 4 seeds x 6 branches; 240 + 648 for a group of 24."""
+    counts = bench.script_evals("sd3")
+    assert [n / 48 / 2 for n in counts["grpo.py"][:2]] == [240, 648]
+    assert [n / 48 / 2 for n in counts["tempflow_grpo.py"][:2]] == [1116, 108]
+    assert counts["tempflow_grpo.py"][2] / 48 == 216
+
+
+def test_defaults_of_every_family_are_complete():
+    for script in (grpo, gcpo, tempflow_grpo):
+        assert set(script.DEFAULTS) == {"tiny", *(key for key, _ in common.FAMILIES.values())}
+        assert len({tuple(settings) for settings in script.DEFAULTS.values()}) == 1
+
+
+def test_published_normaliser_of_flux():
+    """[TF]'s code has 1.73 for FLUX at 1024 px, a = 0.9, 10 steps: the inverse of the mean of s sqrt(Delta)."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096
+    )
+    sigmas = common.Flux(SimpleNamespace(scheduler=scheduler, vae_scale_factor=8)).sigmas(10, 1024)
+    s = common.noise_scale(sigmas, "flow", 0.9)
+    weights = s * (sigmas[:-1] - sigmas[1:])[:-1].sqrt()
+    assert 1 / weights.mean().item() == pytest.approx(1.73, abs=0.01)
