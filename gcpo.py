@@ -74,29 +74,30 @@ class Args:
     wandb: str | None = HfArg(default=None, help="project to log to as well")
 
 
-# Settings that depend on the model: [FG]'s for SD3; for tiny what was found by trying.
+# Settings that depend on the model: [FG]'s for SD3; for tiny what was found by trying. micro_batch: as many as
+# fit in training without --gradient-checkpointing, by count (tests/bench.py): SD3 and FLUX.2 in 24 GB.
 DEFAULTS = {
     "tiny": dict(
-        iterations=60, prompts_per_iteration=8, group_size=12,
+        iterations=80, prompts_per_iteration=8, group_size=12,
         micro_batch=48, steps=10, guidance=1.0, resolution=32, noise_level=0.7,
         learning_rate=1e-3, clip_range=1e-3, ema_decay=0.0, lora_rank=16, lora_alpha=32.0,
         eval_every=10, eval_steps=10, eval_seeds=4,
     ),
     "sd3": dict(
         iterations=1000, prompts_per_iteration=48, group_size=24,
-        micro_batch=8, steps=10, guidance=4.5, resolution=512, noise_level=0.7,
+        micro_batch=2, steps=10, guidance=4.5, resolution=512, noise_level=0.7,
         learning_rate=3e-4, clip_range=1e-4, ema_decay=0.9, lora_rank=32, lora_alpha=64.0,
         eval_every=30, eval_steps=40, eval_seeds=1,
     ),
     "flux": dict(  # [GC]'s for FLUX.1-dev, which has --shared-noise and trains all weights; LoRA as [DG]
         iterations=150, prompts_per_iteration=24, group_size=12,
-        micro_batch=4, steps=17, guidance=3.5, resolution=720, noise_level=0.7,
+        micro_batch=1, steps=17, guidance=3.5, resolution=720, noise_level=0.7,
         learning_rate=3e-4, clip_range=5e-5, ema_decay=0.0, lora_rank=128, lora_alpha=256.0,
         eval_every=30, eval_steps=50, eval_seeds=1,
     ),
     "flux2": dict(  # in no paper: as SD3, with the pipeline's own guidance and evaluation steps
         iterations=1000, prompts_per_iteration=48, group_size=24,
-        micro_batch=8, steps=10, guidance=4.0, resolution=512, noise_level=0.7,
+        micro_batch=1, steps=10, guidance=4.0, resolution=512, noise_level=0.7,
         learning_rate=3e-4, clip_range=1e-4, ema_decay=0.9, lora_rank=32, lora_alpha=64.0,
         eval_every=30, eval_steps=50, eval_seeds=1,
     ),

@@ -72,7 +72,8 @@ class Args:
     wandb: str | None = HfArg(default=None, help="project to log to as well")
 
 
-# Settings that depend on the model: [FG]'s for SD3; for tiny what was found by trying.
+# Settings that depend on the model: [FG]'s for SD3; for tiny what was found by trying. micro_batch: as many as
+# fit in training without --gradient-checkpointing, by count (tests/bench.py): SD3 and FLUX.2 in 24 GB.
 DEFAULTS = {
     "tiny": dict(
         iterations=60, prompts_per_iteration=4, seeds_per_prompt=2, branches=6,
@@ -82,19 +83,19 @@ DEFAULTS = {
     ),
     "sd3": dict(
         iterations=1000, prompts_per_iteration=48, seeds_per_prompt=4, branches=6,
-        micro_batch=8, steps=10, guidance=4.5, resolution=512, noise_level=0.7,
+        micro_batch=2, steps=10, guidance=4.5, resolution=512, noise_level=0.7,
         learning_rate=3e-4, clip_range=1e-4, ema_decay=0.9, lora_rank=32, lora_alpha=64.0,
         eval_every=30, eval_steps=40, eval_seeds=1,
     ),
     "flux": dict(  # [TF]'s for FLUX.1-dev, and where it tells none, those for SD3
         iterations=1000, prompts_per_iteration=48, seeds_per_prompt=4, branches=6,
-        micro_batch=2, steps=10, guidance=3.5, resolution=1024, noise_level=0.9,
+        micro_batch=1, steps=10, guidance=3.5, resolution=1024, noise_level=0.9,
         learning_rate=3e-4, clip_range=1e-4, ema_decay=0.9, lora_rank=32, lora_alpha=64.0,
         eval_every=30, eval_steps=40, eval_seeds=1,
     ),
     "flux2": dict(  # in no paper: as SD3, with the pipeline's own guidance and evaluation steps
         iterations=1000, prompts_per_iteration=48, seeds_per_prompt=4, branches=6,
-        micro_batch=8, steps=10, guidance=4.0, resolution=512, noise_level=0.7,
+        micro_batch=1, steps=10, guidance=4.0, resolution=512, noise_level=0.7,
         learning_rate=3e-4, clip_range=1e-4, ema_decay=0.9, lora_rank=32, lora_alpha=64.0,
         eval_every=30, eval_steps=50, eval_seeds=1,
     ),

@@ -10,6 +10,7 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 
@@ -168,29 +169,83 @@ def matrix_rate(device, dtype):
     return 2 * size**3 / min(timed(device, lambda: a @ b)[0] for _ in range(rounds))
 
 
-def count_flops(args, policy):
-    """FLOPs of one velocity evaluation (one image, one pass) forward, and forward with backward, counted on meta.
+def on_meta(args, policy, dtype):
+    """A function that predicts one velocity (one image, one pass) on the meta device, and its transformer."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            transformer = make_transformer(args.model, args.tiny).to(dtype).requires_grad_(False)
+            x, text = torch.empty(1, *policy.shape), [torch.empty(1, *shape) for shape in SIZES[args.model]["text"]]
+    finally:
+        torch.set_default_dtype(default)
+    pipe = SimpleNamespace(transformer=transformer, vae_scale_factor=8, config=SimpleNamespace(is_distilled=False))
+    for name in "_pack_latents _unpack_latents _prepare_latent_image_ids _prepare_text_ids _prepare_latent_ids".split():
+        setattr(pipe, name, getattr(policy.pipe, name, None))
 
-    Without the adapter forward. Backward has no gradients of the frozen weights, so it is about one forward, not two.
+    def predict():
+        with torch.device("meta"):
+            return type(policy.family)(pipe).predict(x, torch.empty(1), text, 1.0)
+
+    return predict, x, transformer
+
+
+def count_flops(args, policy):
+    """FLOPs of one velocity evaluation (one image, one pass) forward, and forward with backward.
+
+    Without the adapter. Backward has no gradients of the frozen weights, so it is about one forward, not two.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    family = type(policy.family)
-    with torch.device("meta"):
-        transformer = make_transformer(args.model, args.tiny).requires_grad_(False)
-        x = torch.empty(1, *policy.shape, requires_grad=True)
-        text, sigma = [torch.empty(1, *shape) for shape in SIZES[args.model]["text"]], torch.empty(1)
-        pipe = SimpleNamespace(transformer=transformer, vae_scale_factor=8, config=SimpleNamespace(is_distilled=False))
-        for name in ("_pack_latents", "_unpack_latents", "_prepare_latent_image_ids"):
-            setattr(pipe, name, getattr(policy.pipe, name, None))
-        for name in ("_prepare_text_ids", "_prepare_latent_ids"):
-            setattr(pipe, name, getattr(policy.pipe, name, None))
-        with FlopCounterMode(display=False) as counter:
-            velocity = family(pipe).predict(x, sigma, text, 1.0)
-        forward = counter.get_total_flops()
-        with FlopCounterMode(display=False) as counter:
-            velocity.sum().backward()
+    predict, x, _ = on_meta(args, policy, torch.float32)
+    x.requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        velocity = predict()
+    forward = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter, torch.device("meta"):
+        velocity.sum().backward()
     return forward, forward + counter.get_total_flops()
+
+
+class FusedAttention(torch.autograd.Function):
+    """Stands for a fused kernel on the meta device: it keeps query, key, value and result, and no matrix of weights."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        out = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, out)
+        return out
+
+
+def count_kept(args, policy, dtype, checkpointing):
+    """Bytes that one velocity evaluation (one image, one pass) keeps for its backward, with the adapter in float32."""
+    from diffusers.training_utils import cast_training_params
+    from peft import LoraConfig
+
+    predict, _, transformer = on_meta(args, policy, dtype)
+    with torch.device("meta"):
+        rank = grpo.DEFAULTS[args.model]["lora_rank"]
+        transformer.add_adapter(LoraConfig(r=rank, target_modules=type(policy.family).targets))
+    cast_training_params(transformer, torch.float32)
+    if checkpointing:
+        transformer.enable_gradient_checkpointing()
+    weights, kept = {p.untyped_storage()._cdata for p in transformer.parameters()}, {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage  # also keeps it alive, so that no other gets its address
+        return tensor
+
+    def attention(query, key, value, *args, **options):
+        return FusedAttention.apply(query, key, value)
+
+    with (
+        mock.patch("torch.nn.functional.scaled_dot_product_attention", attention),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        predict()
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def phases(policy, text, batches, steps, autocast):
@@ -305,10 +360,12 @@ def bench_chunk(args, policy, text):
 
     def chunk(size):
         policy.micro_batch = size
-        for part in step.split(size):
-            transitions = (sigmas, s, part, torch.zeros_like(part))
-            grpo.transition_logp(policy, text, owner, x[:-1], x[1:], *transitions)[0].mean().backward()
-        policy.micro_batch = M
+        try:
+            for part in step.split(size):
+                transitions = (sigmas, s, part, torch.zeros_like(part))
+                grpo.transition_logp(policy, text, owner, x[:-1], x[1:], *transitions)[0].mean().backward()
+        finally:
+            policy.micro_batch = M
 
     return {f"{size} at a time": timed(args.device, lambda size=size: chunk(size)) for size in (1, CHUNK)}
 
@@ -316,6 +373,7 @@ def bench_chunk(args, policy, text):
 def bench_model(args):
     """Velocity evaluations, share of the matrix rate and memory by phase; time of an iteration of each script."""
     torch.manual_seed(0)
+    args.micro_batch = args.micro_batch or grpo.DEFAULTS[args.model]["micro_batch"]
     dtype = common.DTYPES[args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")]
     with torch.device("meta"):
         billions = sum(p.numel() for p in make_transformer(args.model, args.tiny).parameters()) / 1e9
@@ -331,6 +389,13 @@ def bench_model(args):
     text, flops = make_text(args, policy), count_flops(args, policy)
     print(f"one velocity evaluation: {flops[0] / 1e12:.4f} TFLOP forward, {flops[1] / 1e12:.4f} with backward")
 
+    passes = 2 if policy.guidance > 1 and policy.family.two_pass_guidance else 1
+    kept = [passes * args.micro_batch * count_kept(args, policy, dtype, on) / 1e9 for on in (False, True)]
+    weights = sum(p.numel() * p.element_size() for p in policy.transformer.parameters()) / 1e9
+    print(
+        f"by count: weights {weights:.2f} GB; a micro-batch keeps {kept[0]:.2f} GB for its backward, or "
+        f"{kept[1]:.2f} GB (and what one block needs) with --gradient-checkpointing"
+    )
     own = {p.__name__: p.DEFAULTS[args.model]["resolution"] for p in (grpo, gcpo, tempflow_grpo)}
     print(f"iterations are estimates from these speeds, at {args.resolution} px; the scripts' defaults are {own}")
     print(f"weights in {dtype}, adapter in float32, {args.micro_batch} latents at a time")
@@ -369,7 +434,7 @@ def main():
     command.set_defaults(function=bench_model)
     command.add_argument("--model", choices=list(SIZES), default="sd3")
     command.add_argument("--resolution", type=int, default=512, help="pixels a side")
-    command.add_argument("--micro-batch", type=int, default=8, help="latents in one forward")
+    command.add_argument("--micro-batch", type=int, help="latents in one forward; default: as grpo.py")
     command.add_argument("--batches", type=int, default=2, help="micro-batches a step, to measure")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     command.add_argument("--dtype", choices=list(common.DTYPES), help="default: bfloat16 on CUDA, float32 on a CPU")
