@@ -429,9 +429,12 @@ def hpsv2(images, prompts, model="xswu/HPSv2", batch=16, device=None):
 
 def load_hpsv3(source, device):
     """HPSv3 of its package: (model, inferencer)."""
-    from hpsv3 import HPSv3RewardInferencer
+    try:
+        from hpsv3 import HPSv3RewardInferencer
 
-    inferencer = HPSv3RewardInferencer(checkpoint_path=source, device=device)
+        inferencer = HPSv3RewardInferencer(checkpoint_path=source, device=device)
+    except Exception as error:
+        raise RewardError(f"the package hpsv3 cannot load it: {type(error).__name__}, {' '.join(str(error).split())}")
     return inferencer.model, inferencer
 
 
@@ -451,9 +454,13 @@ def hpsv3(images, prompts, model=None, batch=8, device=None):
 
 def load_imagereward(source, device):
     """ImageReward of its package: (model,)."""
-    import ImageReward
+    try:
+        import ImageReward
 
-    return (ImageReward.load(source, device=device).eval(),)
+        return (ImageReward.load(source, device=device).eval(),)
+    except Exception as error:
+        reason = f"{type(error).__name__}, {' '.join(str(error).split())}"
+        raise RewardError(f"the package image-reward cannot load {source}: {reason}")
 
 
 @torch.no_grad()
