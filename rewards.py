@@ -274,6 +274,9 @@ def load_clip(source, device):
     scale = model.logit_scale.exp().item()  # in full precision
     prepare = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K" if source == PICKSCORE else source
     tokenizer = load_processor(AutoTokenizer, prepare, "tokenizer of a CLIP model")
+    words = model.config.text_config.vocab_size
+    if not 0.9 * words <= len(tokenizer) <= words:  # without its files, from_pretrained makes up an empty one
+        raise RewardError(f"{prepare} has no tokenizer of a CLIP model: {len(tokenizer)} tokens, not {words}")
     processor = load_processor(CLIPImageProcessorPil, prepare, "image processor of a CLIP model")
     return frozen(model, device), tokenizer, processor, scale
 
@@ -507,7 +510,9 @@ def text_score(read, wanted):
 def load_ocr(source, device):
     from rapidocr import RapidOCR
 
-    return torch.nn.Identity(), RapidOCR(params={"Global.log_level": "critical"})  # it has no module to move
+    # as many threads as torch takes, not all there are
+    options = {"Global.log_level": "critical", "EngineConfig.onnxruntime.intra_op_num_threads": torch.get_num_threads()}
+    return torch.nn.Identity(), RapidOCR(params=options)  # it has no module to move
 
 
 def ocr(images, prompts):
@@ -678,11 +683,25 @@ def judge_graded(wants, objects):
 
 def load_detector(source, device):
     """Mask2Former of COCO's 80 classes: (model, image processor)."""
-    from transformers import Mask2FormerForUniversalSegmentation
+    from transformers import Mask2FormerModel, Mask2FormerPreTrainedModel
     from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
+    class Detector(Mask2FormerPreTrainedModel):
+        """Mask2FormerForUniversalSegmentation without its loss, which needs scipy: pixels -> class and mask logits."""
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.model = Mask2FormerModel(config)
+            self.class_predictor = torch.nn.Linear(config.hidden_dim, config.num_labels + 1)
+            self.post_init()
+
+        def forward(self, pixels):
+            outputs = self.model(pixels, output_hidden_states=True, return_dict=True)
+            classes = self.class_predictor(outputs.transformer_decoder_intermediate_states[-1].transpose(0, 1))
+            return classes, outputs.masks_queries_logits[-1]  # (B, Q, 81), (B, Q, h, w)
+
     wanted = "a Mask2Former (transformers' Mask2FormerForUniversalSegmentation) for COCO's 80 classes"
-    model = load_pretrained(Mask2FormerForUniversalSegmentation, source, wanted)
+    model = load_pretrained(Detector, source, wanted)
     if model.config.num_labels != len(COCO):
         raise RewardError(f"{source} is not {wanted}: it has {model.config.num_labels} classes")
     processor = load_processor(Mask2FormerImageProcessorPil, source, "image processor of a Mask2Former")
@@ -748,9 +767,7 @@ def geneval(images, prompts, model=DETECTOR, clip=CLIP, max_overlap=1.0, batch=8
     for n in range(0, len(prompts), batch):
         pictures = to_pictures(images[n : n + batch])
         pixels = processor(pictures, return_tensors="pt")["pixel_values"].to(detector.device, detector.dtype)
-        outputs = detector(pixel_values=pixels)
-        outputs = zip(outputs.class_queries_logits, outputs.masks_queries_logits)
-        for picture, prompt, (classes, masks) in zip(pictures, prompts[n : n + batch], outputs):
+        for picture, prompt, classes, masks in zip(pictures, prompts[n : n + batch], *detector(pixels)):
             wants = parse_geneval(prompt)
             found = instances(classes, masks, picture.size[::-1])
             objects = keep_objects(found, any(want.exact for want in wants), max_overlap)
@@ -824,7 +841,16 @@ def vlm(images, prompts, url, model=None, question=QUESTION, scale=10.0, timeout
     url = url.rstrip("/")
     model = model or fetch_json(f"{url}/models", None, time.monotonic() + timeout)["data"][0]["id"]
 
+    failed = []
+
     def ask(picture, prompt):
+        try:
+            return 0.0 if failed else ask_once(picture, prompt)  # after an error, none of those that wait
+        except RewardError as error:
+            failed.append(error)
+            raise
+
+    def ask_once(picture, prompt):
         deadline, buffer = time.monotonic() + timeout, io.BytesIO()
         picture.save(buffer, format="PNG")
         data = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
@@ -848,7 +874,7 @@ def vlm(images, prompts, url, model=None, question=QUESTION, scale=10.0, timeout
     try:
         return torch.tensor(list(pool.map(ask, to_pictures(images), prompts)), dtype=torch.float32)
     finally:
-        pool.shutdown(cancel_futures=True)  # after an error, do not ask for the rest
+        pool.shutdown(cancel_futures=True)
 
 
 # ---------------------------------------------------------------- names and sums

@@ -23,7 +23,7 @@ def plural(name):  # as GenEval's generator has it
 
 
 def generated_prompts(seed=43, count=100):
-    """(prompt, what it asks for as a set of tuples) of GenEval's six templates: 80 single objects, `count` of each other."""
+    """(prompt, what it asks for) of GenEval's six templates: 80 single objects, `count` of each other template."""
     rng = random.Random(seed)
     colourable = [name for name in COCO if name != "person"]
     for name in COCO:
@@ -71,9 +71,18 @@ def test_the_parser_takes_english_plurals_capitals_and_a_full_stop():
 
 @pytest.mark.parametrize(
     "prompt",
-    ["", "a dog", "a photo of a unicorn", "a photo of two", "a photo of a red dog and a cat",
-     "a photo of a dog near a cat", "a photo of a red dog left of a blue cat", "a photo of zero dogs", "a photo of a dog and a cat and a cow"],
-)  # fmt: skip
+    [
+        "",
+        "a dog",
+        "a photo of a unicorn",
+        "a photo of two",
+        "a photo of zero dogs",
+        "a photo of a dog near a cat",
+        "a photo of a red dog and a cat",
+        "a photo of a red dog left of a blue cat",
+        "a photo of a dog and a cat and a cow",
+    ],
+)
 def test_other_prompts_are_refused_with_the_templates(prompt):
     with pytest.raises(ValueError, match="a photo of two dogs"):
         parse_geneval(prompt)
