@@ -903,6 +903,15 @@ PACKAGES = {
     "hpsv3": (("hpsv3",), "hpsv3"),
     "imagereward": (("ImageReward",), "image-reward"),
 }
+# which arguments name models, and a file that each must have where it is a repository
+HUB_FILES = {
+    "pickscore": {"model": "config.json"},
+    "clipscore": {"model": "config.json"},
+    "aesthetic": {"model": "aesthetic-model.pth", "clip": "config.json"},
+    "geneval": {"model": "config.json", "clip": "config.json"},
+    "geneval_graded": {"model": "config.json", "clip": "config.json"},
+    "hpsv2": {"model": "HPS_v2.1_compressed.pt"},
+}
 MODEL_TYPES = {"pickscore": "clip", "clipscore": "clip", "geneval": "mask2former", "geneval_graded": "mask2former"}
 
 
@@ -916,14 +925,19 @@ class Reward:
         self.functions, self.weights, self.offload = functions, weights, offload  # {name: function}, {name: weight}
 
     def check(self, prompts):
-        """Raise RewardError for the first prompt that a part cannot read: before any model is loaded."""
-        for name in self.functions:
-            check = PROMPT_CHECKS.get(re.split("[:?]", name)[0])
-            for prompt in prompts if check else []:
+        """Raise RewardError for a prompt that a part cannot read, and for a repository that cannot be reached.
+
+        Before any model is loaded, here or for training.
+        """
+        for name, function in self.functions.items():
+            kind = re.split("[:?]", name)[0]
+            for prompt in prompts if kind in PROMPT_CHECKS else []:
                 try:
-                    check(prompt)
+                    PROMPT_CHECKS[kind](prompt)
                 except ValueError as error:
                     raise RewardError(str(error))
+            for argument, file in HUB_FILES.get(kind, {}).items():
+                check_repository(name, inspect.signature(function).parameters[argument].default, file)
 
     def __call__(self, images, prompts):
         parts = {}
@@ -1061,6 +1075,23 @@ def check_model(kind, model):
             raise RewardError(f"{wanted}; {model} has no config.json that can be read")
         if found != MODEL_TYPES[kind]:
             raise RewardError(f"{wanted}; the one in {model} is {found}")
+
+
+def check_repository(name, source, file):
+    """Raise RewardError where a reward's source is no path here, not in the cache, and no repository in reach."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if source is None or Path(source).exists():
+        return
+    try:
+        if not isinstance(try_to_load_from_cache(source, file), str):
+            HfApi().model_info(source, timeout=10)  # fails at once where a download would try again and again
+    except Exception as error:  # of many kinds: not there, gated, no network
+        reason = " ".join(str(error).split())[:200]
+        raise RewardError(
+            f"the reward {name} needs {source}, which is no folder here and cannot be fetched; check name and network, "
+            f"and for a gated one accept its licence and log in with `hf auth login` ({reason})"
+        )
 
 
 def own_function(file, name):

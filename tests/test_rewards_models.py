@@ -237,6 +237,32 @@ def test_a_model_without_its_tokenizer(clip_folder, tmp_path):
         get_reward(f"clipscore:{tmp_path}")(pictures(), PROMPTS)
 
 
+def test_a_repository_out_of_reach_is_told_before_anything_is_loaded(monkeypatch, clip_folder):
+    import huggingface_hub
+
+    def model_info(self, repo, timeout):
+        asked.append(repo)
+        raise OSError("no route to host")
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda source, file: None)
+    for name, source in [
+        ("pickscore", rewards.PICKSCORE),
+        ("clipscore:some/repository?batch=2", "some/repository"),
+        (f"aesthetic?clip={clip_folder}", rewards.AESTHETIC),
+        ("geneval", rewards.DETECTOR),
+        ("geneval_graded?clip=another/clip", rewards.DETECTOR),
+    ]:
+        with pytest.raises(RewardError, match=r"needs .* cannot be fetched.*no route to host") as error:
+            get_reward(name).check(["a photo of a dog"])
+        assert error.value.exit_status == 2 and source in str(error.value) and asked[-1] == source
+    get_reward(f"clipscore:{clip_folder}").check(["a photo of a dog"])
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda source, file: "/cache/config.json")
+    get_reward("pickscore").check(["a dog"])
+    assert len(asked) == 5
+
+
 # ---------------------------------------------------------------- geneval, end to end
 
 
