@@ -361,8 +361,8 @@ def load_aesthetic(source, device):
 def find_aesthetic(source):
     """The weights of the aesthetic network: source itself if it is a file, else the one such file in that folder."""
     files = [Path(source)] if Path(source).is_file() else sorted(Path(source).iterdir())
-    files = [f for f in files if f.suffix in (".pth", ".pt", ".safetensors") and "model." not in f.name[:6]]
-    files = [f for f in files if not f.name.startswith("pytorch_model")]
+    files = [f for f in files if f.suffix in (".pth", ".pt", ".safetensors")]
+    files = [f for f in files if not re.match(r"(pytorch_)?model[.-]", f.name)]  # CLIP's may lie beside it
     if len(files) != 1:
         raise RewardError(
             f"{source} has {len(files)} files .pth, .pt or .safetensors beside a model's own; the reward aesthetic "
@@ -401,7 +401,7 @@ def load_hpsv2(source, device):
 
             file = hf_hub_download(source, "HPS_v2.1_compressed.pt")
         weights = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
-        # HPSv2's own fork of open_clip scales the longer side and pads; it tells square images no difference
+        # "longest", as HPSv2 does: other than square images are padded, not cropped
         model, _, transform = open_clip.create_model_and_transforms("ViT-H-14", image_resize_mode="longest")
         model.load_state_dict(weights)
     except Exception as error:
@@ -705,7 +705,8 @@ def load_detector(source, device):
     if model.config.num_labels != len(COCO):
         raise RewardError(f"{source} is not {wanted}: it has {model.config.num_labels} classes")
     processor = load_processor(Mask2FormerImageProcessorPil, source, "image processor of a Mask2Former")
-    return frozen(model, device), processor
+    # in full precision, being small (69 million): GenEval's thresholds were chosen so
+    return model.eval().requires_grad_(False).to(device, torch.float32), processor
 
 
 def instances(class_logits, mask_logits, size, threshold=0.3, limit=100):
@@ -755,18 +756,20 @@ DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 
 
 @torch.no_grad()
-def geneval(images, prompts, model=DETECTOR, clip=CLIP, max_overlap=1.0, batch=8, device=None, verdict=judge):
+def geneval(images, prompts, model=DETECTOR, clip=CLIP, size=800, max_overlap=1.0, batch=8, device=None, verdict=judge):
     """GenEval without mmdet: does the image show the objects, number, colours, position of its prompt? 1.0 or 0.0.
 
     Prompts are of GenEval's six templates (parse_geneval). Objects by Mask2Former with Swin-S, trained on COCO, of
     transformers (GenEval's is the same network, trained by mmdet); colours by CLIP L/14. model, clip: repositories or
-    folders. verdict: judge, or judge_graded.
+    folders. size: pixels of the shorter side for the detector, 800 as mmdet has it, where transformers' repository says
+    384. verdict: judge, or judge_graded.
     """
     detector, processor = load_once(load_detector, model, device)
+    sides = {"shortest_edge": size, "longest_edge": size * 1333 // 800}
     scores = []
     for n in range(0, len(prompts), batch):
         pictures = to_pictures(images[n : n + batch])
-        pixels = processor(pictures, return_tensors="pt")["pixel_values"].to(detector.device, detector.dtype)
+        pixels = processor(pictures, size=sides, return_tensors="pt")["pixel_values"].to(detector.device)
         for picture, prompt, classes, masks in zip(pictures, prompts[n : n + batch], *detector(pixels)):
             wants = parse_geneval(prompt)
             found = instances(classes, masks, picture.size[::-1])
@@ -780,9 +783,9 @@ def geneval(images, prompts, model=DETECTOR, clip=CLIP, max_overlap=1.0, batch=8
     return torch.tensor(scores, dtype=torch.float32)
 
 
-def geneval_graded(images, prompts, model=DETECTOR, clip=CLIP, max_overlap=1.0, batch=8, device=None):
+def geneval_graded(images, prompts, model=DETECTOR, clip=CLIP, size=800, max_overlap=1.0, batch=8, device=None):
     """geneval, but for a picture that is partly right a number between (judge_graded): what [FG] trains on."""
-    return geneval(images, prompts, model, clip, max_overlap, batch, device, judge_graded)
+    return geneval(images, prompts, model, clip, size, max_overlap, batch, device, judge_graded)
 
 
 # ---------------------------------------------------------------- vlm, a vision-language model behind a server
@@ -834,11 +837,13 @@ def vlm(images, prompts, url, model=None, question=QUESTION, scale=10.0, timeout
     """A vision-language model's score of image and prompt, divided by scale: [0, 1].
 
     url: of an OpenAI-compatible server (vLLM, SGLang), as http://127.0.0.1:8000/v1. model: its name there; default: the
-    first that the server lists. question: {prompt} stands for the prompt. scale: the largest score the question allows.
-    timeout: seconds for one image, with all tries. workers: requests at a time. An answer without a number is asked for
-    again, three times in all, then it is an error. The environment variable VLM_API_KEY is sent as key.
+    first that the server lists. question: {prompt} stands for the prompt; @FILE for what is in a file. scale: the
+    largest score the question allows. timeout: seconds for one image, with all tries. workers: requests at a time. An
+    answer without a number is asked for again, three times in all, then it is an error. The environment variable
+    VLM_API_KEY is sent as key.
     """
     url = url.rstrip("/")
+    question = Path(question[1:]).read_text("utf-8") if question.startswith("@") else question
     model = model or fetch_json(f"{url}/models", None, time.monotonic() + timeout)["data"][0]["id"]
 
     failed = []
@@ -940,6 +945,9 @@ class Reward:
                 check_repository(name, inspect.signature(function).parameters[argument].default, file)
 
     def __call__(self, images, prompts):
+        broken = (~images.isfinite().flatten(1).all(1)).nonzero()[:, 0].tolist()
+        if broken:  # scorers see them as black
+            raise RewardError(f"the image made for {prompts[broken[0]][:200]!r} has pixels that are not finite", 1)
         parts = {}
         for name, function in self.functions.items():
             try:

@@ -195,6 +195,14 @@ def test_a_reward_that_fails_stops_with_its_name_and_prompt(function, told, regi
     assert error.value.exit_status == 1
 
 
+def test_images_that_are_not_finite_are_not_scored():
+    images = noise()
+    images[1, 0, 3, 4] = float("nan")
+    with pytest.raises(RewardError, match="image made for 'two' has pixels that are not finite") as error:
+        get_reward("jpeg_compressibility")(images, ["one", "two", "three"])
+    assert error.value.exit_status == 1
+
+
 def test_lists_and_other_dtypes_are_scores_too(register):
     register("mine", lambda images, prompts: [1, 2, 3])
     register("half", lambda images, prompts: torch.ones(3, dtype=torch.float16, requires_grad=True))

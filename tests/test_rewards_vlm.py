@@ -101,7 +101,7 @@ def test_each_picture_is_asked_about_with_its_prompt(serve):
     assert {request["path"] for request in server.requests} == {"/v1/chat/completions"}
 
 
-def test_model_question_and_scale_can_be_set(serve, monkeypatch):
+def test_model_question_and_scale_can_be_set(serve, monkeypatch, tmp_path):
     monkeypatch.setenv("VLM_API_KEY", "open sesame")
     server = serve(lambda body: (200, "Final Score: 4"))
     spec = f"vlm:{server.url}?model=mine&scale=5&question=Is+it%2C+say%2C+%7Bprompt%7D%3F=0.5"
@@ -110,6 +110,9 @@ def test_model_question_and_scale_can_be_set(serve, monkeypatch):
     (request,) = server.requests
     assert request["model"] == "mine" and request["key"] == "Bearer open sesame"
     assert content(request)[1] == "Is it, say, a dog?"
+    (tmp_path / "question.txt").write_text("Rate {prompt}, please.")
+    get_reward(f"vlm:{server.url}?question=@{tmp_path}/question.txt")(grey(1), ["a cat"])
+    assert content(server.requests[1])[1] == "Rate a cat, please."
 
 
 def test_requests_run_side_by_side(serve):
