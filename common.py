@@ -710,7 +710,8 @@ def parse_branch_steps(args):
 
 def prepare_rewards(args, get_reward):
     """The reward and the held-out one (or None), which have seen that they can read every prompt."""
-    rewards = [get_reward(spec) if spec else None for spec in (args.reward, args.eval_reward)]
+    options = args.device, args.reward_offload
+    rewards = [get_reward(spec, *options) if spec else None for spec in (args.reward, args.eval_reward)]
     for reward in rewards:
         if reward:
             reward.check(read_prompts(args.prompts) + read_prompts(args.eval_prompts or args.prompts))
@@ -920,6 +921,8 @@ class Run:
         policy.velocity_evals = evals  # evaluation is not part of the cost
         images = torch.cat(images)
         scores, parts = self.reward(images, self.eval_prompts)
+        if iteration == 0:
+            print(*self.reward.self_check(images, self.eval_prompts, parts), sep="\n")
         if self.eval_reward:
             parts = parts | self.eval_reward(images, self.eval_prompts)[1]
         shown = range(0, count, max(args.eval_seeds, -(-count // 32)))  # at most 32 pictures

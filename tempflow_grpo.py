@@ -68,6 +68,7 @@ class Args:
     eval_steps: int | None = HfArg(default=None, help="ODE steps of an evaluation; default: by model")
     eval_seeds: int | None = HfArg(default=None, help="images a prompt in an evaluation; default: by model")
     eval_reward: str | None = HfArg(default=None, help="held-out rewards to log beside the trained one")
+    reward_offload: bool = HfArg(default=False, help="move reward models to the CPU while they are not used")
     save_every: int = HfArg(default=10, help="iterations between checkpoints")
     wandb: str | None = HfArg(default=None, help="project to log to as well")
 
