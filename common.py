@@ -419,6 +419,8 @@ class Policy:
         if args.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
         if args.compile:
+            if not self.transformer._repeated_blocks:  # SD3's class does not name them
+                self.transformer._repeated_blocks = self.transformer._no_split_modules
             self.transformer.compile_repeated_blocks()
 
     def encoders(self):

@@ -203,6 +203,20 @@ def test_one_iteration_in_half_precision(model, prompts, tmp_path, family, dtype
     check_run(result, tmp_path / "run")
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_changes_no_gradient(model, family):
+    gradients = []
+    for checkpointing in (False, True):
+        policy = make_policy(model(family), gradient_checkpointing=checkpointing)
+        torch.manual_seed(1)
+        for parameter in policy.parameters:
+            torch.nn.init.normal_(parameter, std=0.2)
+        noise = policy.noise(2, torch.Generator().manual_seed(0))
+        policy.velocity(noise, 0.7, policy.encode(PROMPTS), torch.arange(2)).square().mean().backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in policy.parameters]))
+    assert gradients[0].norm() > 0 and difference(*gradients) < 1e-6
+
+
 @pytest.mark.parametrize(
     ("family", "resolution", "told"),
     [("sd3", 18, "multiple of 4"), ("sd3", 64, "32 is the most"), ("flux", 18, "of 4"), ("flux2", 18, "of 4")],
