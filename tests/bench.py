@@ -259,16 +259,16 @@ def phases(policy, text, batches, steps, autocast):
 
     def rollout():
         with autocast():
-            results["x"], results["logp"] = grpo.rollout(policy, text, owner, noise, sigmas, s)
+            results["way"] = grpo.rollout(policy, text, owner, noise, sigmas, s)
 
     def train():
-        x, errors = results["x"], []
+        (x, x_next, old_logp, _), errors = results["way"], []
+        levels = sigmas[:-2], sigmas[1:-1], s
         step, image = torch.cartesian_prod(torch.arange(steps - 1), torch.arange(N)).T.to(policy.store)
         for mb_step, mb_image in zip(step.split(M), image.split(M)):
             with autocast():
-                transitions = (x[:-2], x[1:-1], sigmas, s, mb_step, mb_image)
-                logp, _, _ = grpo.transition_logp(policy, text, owner, *transitions)
-            log_ratio = logp - results["logp"][mb_step, mb_image]
+                logp, _, _ = grpo.transition_logp(policy, text, owner, levels, x, x_next, mb_step, mb_image)
+            log_ratio = logp - old_logp[mb_step, mb_image]
             log_ratio.exp().mean().backward()
             errors.append(log_ratio.detach().abs().max())
         optimizer.step()
@@ -276,7 +276,7 @@ def phases(policy, text, batches, steps, autocast):
         results["ratio_error"] = torch.stack(errors).max().item()
 
     def decode():
-        policy.decode(results["x"][-1])
+        policy.decode(results["way"][-1])
 
     return {"rollout": rollout, "train": train, "decode": decode}, results, N
 
@@ -339,14 +339,15 @@ def bench_branches(args, policy, text, branches=6):
     x, x_next = x.expand(2, *x.shape[1:]), x_next.expand(2, *x_next.shape[1:])
     image, step = torch.arange(M, device=policy.store), torch.zeros(M, dtype=torch.long, device=policy.store)
 
+    levels = sigmas[:-2], sigmas[1:-1], s
+
     def shared():
-        schedule = (sigmas, s, step, image)
-        tempflow_grpo.transition_logp(policy, text, owner, x, x_next, *schedule)[0].mean().backward()
+        tempflow_grpo.transition_logp(policy, text, owner, levels, x, x_next, step, image)[0].mean().backward()
 
     def repeated():
         for b in range(branches):
-            schedule = (sigmas, s, step, image)
-            grpo.transition_logp(policy, text, owner, x, x_next[:, :, b], *schedule)[0].mean().backward()
+            one = x_next[:, :, b]
+            grpo.transition_logp(policy, text, owner, levels, x, one, step, image)[0].mean().backward()
 
     return {"states shared": timed(args.device, shared), "states repeated": timed(args.device, repeated)}
 
@@ -362,8 +363,8 @@ def bench_chunk(args, policy, text):
         policy.micro_batch = size
         try:
             for part in step.split(size):
-                transitions = (sigmas, s, part, torch.zeros_like(part))
-                grpo.transition_logp(policy, text, owner, x[:-1], x[1:], *transitions)[0].mean().backward()
+                levels, image = (sigmas[:-2], sigmas[1:-1], s), torch.zeros_like(part)
+                grpo.transition_logp(policy, text, owner, levels, x[:-1], x[1:], part, image)[0].mean().backward()
         finally:
             policy.micro_batch = M
 
@@ -426,6 +427,82 @@ def bench_model(args):
         print("  out of memory")
 
 
+def bench_tempflow(args):
+    """TempFlow-GRPO's rollout and training on the tiny model, ours against the released code's way, in one process."""
+    settings = common.parse_args(
+        tempflow_grpo.Args, tempflow_grpo.DEFAULTS, ["--model", "tiny", "--device", args.device]
+    )
+    policy = common.Policy(settings)
+    P, S, B = settings.prompts_per_iteration, settings.seeds_per_prompt, settings.branches
+    N, sigmas = P * S, policy.sigmas(settings.steps)
+    s = common.noise_scale(sigmas, settings.sde, settings.noise_level)
+    levels, steps, owner = (sigmas[:-2], sigmas[1:-1], s), list(range(len(s))), torch.arange(N) // S
+    text = policy.encode(common.read_prompts(settings.prompts)[:P])
+    generator = torch.Generator().manual_seed(0)
+    noise = [policy.noise(N, generator), *(policy.noise(N * B, generator).unflatten(0, (N, B)) for _ in steps)]
+    advantage = torch.randn(len(s), N, B, generator=generator).to(policy.device)
+    rollout = [policy, text, owner, noise, sigmas, s]
+
+    def lockstep():
+        return tempflow_grpo.rollout(*rollout, steps)
+
+    def nested():
+        """Each branching step by itself: the trunk once, then its branches to the end."""
+        trunk, repeated = noise[0], owner.repeat_interleave(B)
+        for k in steps:
+            with torch.no_grad():
+                velocity = policy.velocity_in_micro_batches(trunk, sigmas[k], text, owner)
+                mean, std = common.sde_mean_std(trunk, velocity, sigmas[k], sigmas[k + 1], s[k])
+                branches = (mean[:, None] + std * noise[1 + k]).flatten(0, 1)
+                common.ode_sample(policy, branches, text, repeated, sigmas[k + 1 :])
+                trunk = trunk - (sigmas[k] - sigmas[k + 1]) * velocity
+
+    x, x_next, *_ = lockstep()
+
+    def shared():
+        step, seed = torch.cartesian_prod(torch.arange(len(s)), torch.arange(N)).T
+        for mb in torch.arange(len(step)).split(settings.micro_batch):
+            inputs = (text, owner, levels, x, x_next, step[mb], seed[mb])
+            logp, _, _ = tempflow_grpo.transition_logp(policy, *inputs)
+            (logp * advantage[step[mb], seed[mb]]).sum().backward()
+
+    def repeated():
+        step, seed, branch = torch.cartesian_prod(torch.arange(len(s)), torch.arange(N), torch.arange(B)).T
+        for mb in torch.arange(len(step)).split(settings.micro_batch):
+            k, n, b = step[mb], seed[mb], branch[mb]
+            velocity = policy.velocity(x[k, n], sigmas[k], text, owner[n])
+            mean, std = common.sde_mean_std(x[k, n], velocity, sigmas[k], sigmas[k + 1], s[k])
+            (common.log_prob(x_next[k, n, b], mean, std) * advantage[k, n, b]).sum().backward()
+
+    print(f"tiny model, {P} prompts x {S} seeds x {B} branches, {settings.steps} steps, on {args.device}")
+    gradients = []
+    pairs = (
+        ("rollout: lockstep / nested loops", lockstep, nested),
+        ("training: shared / repeated states", shared, repeated),
+    )
+    for name, ours, theirs in pairs:
+        seconds, evals = {ours: [], theirs: []}, {}
+        for _ in range(args.repeats):  # in turns, so that a disturbance meets both
+            for run in (ours, theirs):
+                policy.velocity_evals, start = 0, time.perf_counter()
+                run()
+                settle(args.device)
+                seconds[run].append(time.perf_counter() - start)
+                evals[run] = policy.velocity_evals
+                if run in (shared, repeated):
+                    gradients.append(torch.cat([p.grad.flatten().clone() for p in policy.parameters]))
+                    policy.transformer.zero_grad()
+        ratio = min(seconds[theirs]) / min(seconds[ours])
+        print(f"{name}: {evals[ours]} / {evals[theirs]} velocity evaluations, {ratio:.2f} times as fast")
+    error = (gradients[0] - gradients[1]).abs().max() / gradients[1].abs().max()
+    print(f"largest difference of the gradients, relative: {error:.1e}")
+
+
+def settle(device):
+    if str(device).startswith("cuda"):
+        torch.cuda.synchronize()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -441,6 +518,11 @@ def main():
     command.add_argument("--gradient-checkpointing", action="store_true")
     command.add_argument("--compile", action="store_true", help="torch.compile the transformer's blocks")
     command.add_argument("--tiny", action="store_true", help="one or two narrow layers, to try this out on a CPU")
+
+    command = commands.add_parser("tempflow", help=bench_tempflow.__doc__)
+    command.set_defaults(function=bench_tempflow)
+    command.add_argument("--repeats", type=int, default=5)
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
     args = parser.parse_args()
     args.function(args)

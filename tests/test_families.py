@@ -50,8 +50,8 @@ def rollout_images(policy, noise, steps=4):
     """The end of a rollout without noise, and its pictures."""
     sigmas, text = policy.sigmas(steps), policy.encode(PROMPTS)
     draws = [noise] + [torch.ones_like(noise)] * (steps - 1)
-    x, _ = grpo.rollout(policy, text, torch.arange(len(noise)), draws, sigmas, torch.zeros(steps - 1))
-    return x[-1], policy.decode(x[-1])
+    *_, x = grpo.rollout(policy, text, torch.arange(len(noise)), draws, sigmas, torch.zeros(steps - 1))
+    return x, policy.decode(x)
 
 
 def pipeline_images(pipe, family, noise, guidance, steps=4):
@@ -187,9 +187,9 @@ def test_half_precision_weights_and_float32_mathematics(model, family, dtype):
     sigmas, text, owner = policy.sigmas(4), policy.encode(PROMPTS), torch.arange(4) // 2
     s, generator = common.noise_scale(sigmas, "flow", 0.7), torch.Generator().manual_seed(0)
     noise = [policy.noise(4, generator) for _ in range(4)]
-    x, old_logp = grpo.rollout(policy, text, owner, noise, sigmas, s)
+    x, x_next, old_logp, _ = grpo.rollout(policy, text, owner, noise, sigmas, s)
     step, image = torch.tensor([1, 1]), torch.tensor([2, 3])
-    logp, mean, std = grpo.transition_logp(policy, text, owner, x[:-2], x[1:-1], sigmas, s, step, image)
+    logp, mean, std = grpo.transition_logp(policy, text, owner, (sigmas[:-2], sigmas[1:-1], s), x, x_next, step, image)
     assert {t.dtype for t in (x, old_logp, logp, mean, std, sigmas, s)} == {torch.float32}
     assert torch.equal(logp, old_logp[step, image])
     logp.sum().backward()

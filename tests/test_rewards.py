@@ -14,7 +14,6 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tiny")]
 import make  # noqa: E402
-
 import rewards  # noqa: E402
 from rewards import RewardError, get_reward  # noqa: E402
 
