@@ -9,6 +9,7 @@ none of them. Notation as in the papers: sigma in [0, 1] is the noise level (1 n
 import dataclasses
 import fcntl
 import hashlib
+import importlib.util
 import io
 import json
 import math
@@ -361,6 +362,9 @@ def load_pipeline(args):
     import diffusers
 
     diffusers.utils.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+        diffusers.utils.logging.disable_progress_bar()
     folder = str(TINY) if args.model == "tiny" else args.model
     _, class_name = find_family(args.model)
     pipe_class = getattr(diffusers, class_name)
@@ -562,6 +566,7 @@ POSITIVE = (
     "chunk_fraction",
     "eval_hybrid",
 )
+MAX_TRAJECTORIES = 10**6
 FREE_ON_RESUME = ("resume", "iterations", "save_every", "wandb")
 
 
@@ -594,7 +599,7 @@ def parse_args(args_class, defaults, argv=None):
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=args.device)
+        torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:
         raise StopRun(f"--device {args.device} cannot be used here; {str(error).splitlines()[0][:150]}")
     check_ranges(args)
@@ -617,12 +622,9 @@ def parse_args(args_class, defaults, argv=None):
     if not args.output:
         script, model = Path(sys.argv[0]).stem, Path(args.model).name
         args.output = f"runs/{script}-{model}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if (
-        not args.resume
-        and Path(args.output).exists()
-        and (not Path(args.output).is_dir() or any(Path(args.output).iterdir()))
-    ):
-        raise StopRun(f"--output {args.output} is in the way; give a new folder, or go on with --resume {args.output}")
+    check_output(args)
+    if args.wandb and not importlib.util.find_spec("wandb"):
+        raise StopRun("--wandb needs a package that is not installed; pip install wandb")
     check_ranges(args)
     return args
 
@@ -631,15 +633,18 @@ def resumed_args(args, given):
     """The settings of the run in args.resume, with those in `given` that may change; refuses the others by name."""
     try:
         config = json.loads((Path(args.resume) / "config.json").read_text("utf-8"))
-        saved = config["settings"]
-    except (OSError, ValueError, KeyError):
+        saved, script = dict(config["settings"]), config["script"]
+    except (OSError, ValueError, KeyError, TypeError):
         raise StopRun(f"--resume {args.resume} is no run: its config.json cannot be read; give the folder of a run")
-    if not (Path(args.resume) / "checkpoint.pt").exists():
-        raise StopRun(f"--resume {args.resume} has no checkpoint.pt yet; start it anew in another folder")
-    if config["script"] != Path(sys.argv[0]).stem:
-        raise StopRun(f"--resume {args.resume} is a run of {config['script']}.py; go on with that script")
+    if script != Path(sys.argv[0]).stem:
+        raise StopRun(f"--resume {args.resume} is a run of {script}.py; go on with that script")
+    if changed := saved.keys() ^ dataclasses.asdict(args).keys():
+        raise StopRun(
+            f"--resume {args.resume} is of another version of {script}.py, which differs in {option(min(changed))}; "
+            f"use commit {config.get('commit')} or start a new run"
+        )
     for name in sorted(given - set(FREE_ON_RESUME)):
-        if name in saved and getattr(args, name) != saved[name]:
+        if getattr(args, name) != saved[name]:
             raise StopRun(
                 f"{option(name)} {getattr(args, name)} would change the past of {args.resume}, which has {saved[name]};"
                 " leave it out or start a new run"
@@ -648,15 +653,33 @@ def resumed_args(args, given):
         if name not in given or name not in FREE_ON_RESUME:
             setattr(args, name, value)
     args.output = args.resume
-    if prompts_hash(args.prompts) != config["prompts_sha256"]:
-        raise StopRun(f"--prompts {args.prompts} has changed since {args.resume} began; restore it or start a new run")
+    for name, digest in prompts_hashes(args).items():
+        if digest != config.get("prompts_sha256", {}).get(name):
+            raise StopRun(
+                f"{option(name)} {getattr(args, name)} has changed since {args.resume} began; restore it or start a new"
+                " run"
+            )
     return args
+
+
+def check_output(args):
+    """--output is a folder that is not there, or empty, and can be written: seen before any model is loaded."""
+    folder = Path(args.output)
+    try:
+        if os.stat(folder) and not args.resume and (not folder.is_dir() or any(folder.iterdir())):
+            raise StopRun(f"--output {folder} is in the way; give a new folder, or go on with --resume {folder}")
+    except FileNotFoundError:
+        folder = next(parent for parent in folder.absolute().parents if parent.exists())
+    except OSError as error:
+        raise StopRun(f"--output {str(folder)[:200]} cannot be used ({error.strerror}); give another folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise StopRun(f"{folder} cannot be written (Permission denied); give another --output")
 
 
 def check_ranges(args):
     for name, (low, high) in RANGES.items():
         value = getattr(args, name, None)
-        if value is not None and not low <= value <= high:  # also refuses nan
+        if value is not None and not (isinstance(value, int | float) and low <= value <= high):  # also refuses nan
             raise StopRun(f"{option(name)} {value} is out of range; give a number from {low} to {high}")
         if value == 0 and name in POSITIVE:
             raise StopRun(f"{option(name)} must be more than 0")
@@ -668,6 +691,10 @@ def settle_batch(args, count, group, branches=1, usual=8):
         raise StopRun(
             f"{args.prompts_per_iteration} prompts x {count // args.prompts_per_iteration} = {count} trajectories do "
             f"not divide into --updates-per-iteration {args.updates_per_iteration}; change one of them"
+        )
+    if count * branches > MAX_TRAJECTORIES:
+        raise StopRun(
+            f"{count * branches} trajectories an iteration are more than {MAX_TRAJECTORIES}; lower one of its factors"
         )
     args.micro_batch = min(args.micro_batch, count * branches)
     if group < usual:
@@ -746,15 +773,16 @@ def read_prompts(path):
         raise StopRun(f"prompts file {path} is not UTF-8 text (byte {error.start}); save it as UTF-8")
     if "\0" in text:
         raise StopRun(f"prompts file {path} has a NUL character, so it is no text; save it as UTF-8")
-    prompts = [line.strip() for line in text.splitlines()]
+    prompts = [line.strip() for line in text.split("\n")]
     prompts = [line for line in prompts if line and not line.startswith("#")]
     if not prompts:
         raise StopRun(f"prompts file {path} has no prompts; write one a line")
     return prompts
 
 
-def prompts_hash(path):
-    return hashlib.sha256("\n".join(read_prompts(path)).encode()).hexdigest()
+def prompts_hashes(args):
+    files = {name: getattr(args, name) for name in ("prompts", "eval_prompts")}
+    return {n: hashlib.sha256("\n".join(read_prompts(path)).encode()).hexdigest() for n, path in files.items() if path}
 
 
 def iteration_prompts(prompts, count, iteration, seed):
@@ -772,6 +800,69 @@ def generator(seed, purpose, number):
 
 
 # ---------------------------------------------------------------- the run folder
+
+
+def self_test(args, policy, text):
+    """See on the user's own model, before anything is written, that rollout and training agree; prints one line.
+
+    text: of some prompts, the first is used. Raises StopRun where the model cannot run or train like this. Leaves no
+    gradient, no count and no random state behind.
+    """
+    evals, owner = policy.velocity_evals, torch.zeros(2, dtype=torch.long)
+    noise = [policy.noise(1, generator(args.seed, "self-test", n)) for n in range(3)]
+    sigmas = policy.sigmas(args.steps)
+    s = noise_scale(sigmas, args.sde, args.noise_level)
+    step = torch.tensor([0, len(s) - 1], device=policy.device)  # the noisiest transition, and the least noisy one
+    level = sigmas[step], sigmas[step + 1], s[step]
+    try:
+        with torch.no_grad():
+            size = tuple(policy.decode(noise[0]).shape[-2:])
+            x, x_next, old_logp, off_ode = [noise[0]], [], [], 0.0
+            for n in range(2):
+                sigma, sigma_next, scale = (values[n] for values in level)
+                velocity = policy.velocity_in_micro_batches(x[n], sigma, text, owner[:1])
+                mean, std = sde_mean_std(x[n], velocity, sigma, sigma_next, scale)
+                x_next.append(mean + std * noise[n + 1])
+                old_logp.append(log_prob(x_next[n], mean, std))
+                still, _ = sde_mean_std(x[n], velocity, sigma, sigma_next, 0.0)
+                ode = ode_sample(policy, x[n], text, owner[:1], torch.stack([sigma, sigma_next]))
+                off_ode = max(off_ode, (still - ode).abs().max().item())
+                x.append(x_next[n])
+        velocity = policy.velocity(torch.cat(x[:2]), level[0], text, owner)
+        mean, std = sde_mean_std(torch.cat(x[:2]), velocity, *level)
+        logp = log_prob(torch.cat(x_next), mean, std)
+        logp.sum().backward()
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise StopRun(f"the model cannot run with these settings ({' '.join(str(error).split())[:200]}); change them")
+    if size != (args.resolution, args.resolution):
+        raise StopRun(f"--resolution {args.resolution} gives pictures of {size[0]} x {size[1]}; choose a multiple")
+    off_ratio = ((logp.detach() - torch.cat(old_logp)).exp() - 1).abs().max().item()
+    parts = [policy.transformer, policy.pipe.vae, *policy.encoders()]
+    named = [pair for part in parts for pair in part.named_parameters()]
+    stray = [name for name, p in named if (p.requires_grad or p.grad is not None) and "lora_" not in name]
+    grads = [p.grad for p in policy.parameters if p.grad is not None]
+    norm = torch.stack([grad.norm() for grad in grads]).norm().item() if grads else 0.0
+    for parameter in policy.parameters:
+        parameter.grad = None
+    policy.velocity_evals = evals
+    count, total = sum(p.numel() for p in policy.parameters), sum(p.numel() for _, p in named)
+    print(
+        f"self-test: a step without noise is off the ODE's by {off_ode:.1e}, the ratio of stored transitions off 1 by "
+        f"{off_ratio:.1e}; {count} of {total} parameters train, with a gradient of norm {norm:.2e}",
+        flush=True,
+    )
+    if stray:
+        raise StopRun(f"{stray[0]} trains, and only the adapter should; this is a bug, please report it", 1)
+    if not 0 < norm < math.inf:
+        raise StopRun(f"the adapter's gradient has norm {norm}; use another --dtype or --noise-level")
+    if not max(off_ode, off_ratio) < 1e-4:  # also tells of nan
+        print(
+            "warning: rollout and training disagree on this model, so every ratio is wrong by as much; likely causes: "
+            "--compile, --dtype float16, dropout, an attention kernel that is not deterministic",
+            file=sys.stderr,
+        )
 
 
 class Run:
@@ -792,8 +883,13 @@ class Run:
         self.iteration = 0  # the last complete one
         self.whole = True  # whether the weights in memory are those after that iteration: not amid updates
         self.images = self.skipped_updates = self.skipped_in_a_row = 0
-        self.signal = None
+        self.counters = [0, 0, 0, 0]  # as they were after that iteration
+        self.hopeless, self.signal = False, None
         self.phases, self.shown = {}, {}
+        prompts = read_prompts(args.eval_prompts or args.prompts)[:MAX_EVAL_PROMPTS]
+        self.eval_prompts = [prompt for prompt in prompts for _ in range(args.eval_seeds)]
+        self.eval_text = [rows.cpu() for rows in policy.encode(prompts)]
+        self_test(args, policy, [rows.to(policy.device) for rows in self.eval_text])
 
     def __enter__(self):
         try:
@@ -805,10 +901,22 @@ class Run:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise StopRun(f"another process runs in {self.folder}; wait for it or give another --output")
+        path, config = self.folder / "config.json", run_config(self.args)
         if self.args.resume:
             self.load()
-        else:
-            write_atomically(self.folder / "config.json", json.dumps(run_config(self.args), indent=1).encode())
+            first, now = json.loads(path.read_text("utf-8")), config
+            for name, version in now["versions"].items():
+                if first["versions"].get(name) != version:
+                    print(
+                        f"warning: this run began with {name} {first['versions'].get(name)} and goes on with {version};"
+                        " its numbers may differ from those of a run with one version",
+                        file=sys.stderr,
+                    )
+            start = {"iteration": self.iteration} | {name: now[name] for name in ("versions", "commit", "command")}
+            config = first | {"settings": now["settings"], "resumed": [*first.get("resumed", []), start]}
+        elif path.exists():  # since the command line was checked
+            raise StopRun(f"--output {self.folder} is in the way; give a new folder")
+        write_atomically(path, json.dumps(config, indent=1).encode())
         self.handlers = {n: signal.signal(n, self.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
         if self.args.wandb:
             import wandb
@@ -831,25 +939,23 @@ class Run:
 
     def iterations(self):
         """The numbers of the iterations to run. Evaluates the base model first, saves when it is time to."""
-        prompts = read_prompts(self.args.eval_prompts or self.args.prompts)[:MAX_EVAL_PROMPTS]
-        self.eval_prompts = [prompt for prompt in prompts for _ in range(self.args.eval_seeds)]
-        self.eval_text = [rows.cpu() for rows in self.policy.encode(prompts)]
         if self.iteration == 0:
             self.log({"iteration": 0})
         first, last = self.iteration + 1, self.args.iterations
         for iteration in self.progress("iterations", leave=True, initial=first - 1, total=last)(range(first, last + 1)):
+            if self.signal:
+                raise StopRun(f"stopped; go on with --resume {self.folder}", exit_status=128 + self.signal)
             yield iteration
-            self.iteration, self.whole = iteration, True
-            if self.skipped_in_a_row >= 5:
+            if self.hopeless:
                 raise StopRun(
                     "loss or gradient were not finite in 5 updates in a row; lower --learning-rate or use another "
                     f"--dtype; what was trained is saved in {self.folder}",
                     exit_status=1,
                 )
-            if self.signal:
-                raise StopRun(f"stopped; go on with --resume {self.folder}", exit_status=128 + self.signal)
             if iteration % self.args.save_every == 0:
                 self.save()
+        if self.signal:
+            raise StopRun("stopped, after the last iteration", exit_status=128 + self.signal)
 
     def progress(self, label, **options):
         """A function that puts a tqdm bar around an iterable, with the latest rewards in it."""
@@ -885,26 +991,30 @@ class Run:
         else:
             self.skipped_updates += 1
             self.skipped_in_a_row += 1
+            self.hopeless |= self.skipped_in_a_row >= 5
         self.optimizer.zero_grad()
         return torch.tensor(norm)
 
     def log(self, metrics):
-        """Evaluate if it is time to; then one line of metrics.jsonl, flushed at once."""
+        """Evaluate if it is time to; then one line of metrics.jsonl, flushed at once: the iteration is complete."""
         iteration = metrics["iteration"]
-        if iteration % self.args.eval_every == 0 or iteration == self.args.iterations or self.signal:
-            metrics = metrics | self.evaluate(iteration)
+        counters = [self.images, self.policy.velocity_evals, self.skipped_updates, self.skipped_in_a_row]
         if iteration:
-            metrics = metrics | {"skipped_updates": self.skipped_updates, "images": self.images}
-            metrics = metrics | {"velocity_evals": self.policy.velocity_evals}
-        metrics = {name: None if value != value else value for name, value in (metrics | self.phases).items()}
-        self.phases = {}
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+            metrics = metrics | dict(zip(("images", "velocity_evals", "skipped_updates"), counters))
+        try:
+            if iteration % self.args.eval_every == 0 or iteration == self.args.iterations:
+                metrics = metrics | self.evaluate(iteration)
+        finally:  # where an evaluation fails, what was trained is kept all the same
+            metrics = finite(metrics | self.phases)
+            self.phases = {}
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(metrics) + "\n")
+            self.iteration, self.whole, self.counters = iteration, True, counters
         if self.args.wandb:
             import wandb
 
             wandb.log(metrics, step=iteration)
-        self.shown |= {key: f"{metrics[key]:.3f}" for key in ("reward_mean", "eval_reward") if key in metrics}
+        self.shown |= {key: f"{metrics[key]:.3f}" for key in ("reward_mean", "eval_reward") if metrics.get(key)}
         text = [f"{key} {metrics[key]:.4g}" for key in SHOWN if metrics.get(key) is not None]
         tqdm.write(f"iteration {iteration:4d}  " + "  ".join(text))
 
@@ -964,17 +1074,22 @@ class Run:
 
     def save(self):
         """checkpoint.pt and lora/, written aside and renamed, so that a crash never leaves half a file."""
+        from safetensors import SafetensorError
+
         state = {
             "iteration": self.iteration,
             "lora": self.policy.lora(),
             "optimizer": self.optimizer.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
-            "counters": [self.images, self.policy.velocity_evals, self.skipped_updates, self.skipped_in_a_row],
+            "counters": self.counters,
         }
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        with self.ema_weights():
-            self.policy.save_lora(self.folder / "lora.tmp")
+        try:
+            with self.ema_weights():
+                self.policy.save_lora(self.folder / "lora.tmp")
+        except SafetensorError as error:  # its word for a full disk
+            raise OSError(str(error))
         (self.folder / "lora").mkdir(exist_ok=True)
         for file in (self.folder / "lora.tmp").iterdir():
             os.replace(file, self.folder / "lora" / file.name)
@@ -982,29 +1097,39 @@ class Run:
         write_atomically(self.folder / "checkpoint.pt", buffer.getbuffer())
 
     def load(self):
-        """Take up the run where its checkpoint was made; later lines of metrics.jsonl are dropped."""
+        """Take up the run where its checkpoint was made, or its start; later lines of metrics.jsonl are dropped."""
         from peft import set_peft_model_state_dict
 
-        path = self.folder / "checkpoint.pt"
+        path, log, done = self.folder / "checkpoint.pt", self.folder / "metrics.jsonl", -1
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            if {k: v.shape for k, v in state["lora"].items()} != {k: v.shape for k, v in self.policy.lora().items()}:
-                raise ValueError("its adapter is another model's")
-            set_peft_model_state_dict(self.policy.transformer, state["lora"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            if self.ema:
-                self.ema.load_state_dict(state["ema"])
-                self.ema.to(self.policy.device)
-            self.iteration = state["iteration"]
-            self.images, self.policy.velocity_evals, self.skipped_updates, self.skipped_in_a_row = state["counters"]
+            if path.exists():
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                if {k: v.shape for k, v in state["lora"].items()} != {
+                    k: v.shape for k, v in self.policy.lora().items()
+                }:
+                    raise ValueError("its adapter is another model's")
+                set_peft_model_state_dict(self.policy.transformer, state["lora"])
+                self.optimizer.load_state_dict(state["optimizer"])
+                if self.ema:
+                    self.ema.load_state_dict(state["ema"])
+                    self.ema.to(self.policy.device)
+                self.iteration = done = state["iteration"]
+                self.images, self.policy.velocity_evals, self.skipped_updates, self.skipped_in_a_row = state["counters"]
+                self.counters = state["counters"]
         except Exception as error:  # what a cut or foreign file raises is of many kinds
             raise StopRun(f"{path} cannot be resumed from ({' '.join(str(error).split())[:150]}); start a new run")
+        if self.args.iterations < done:
+            raise StopRun(f"--iterations {self.args.iterations} is less than the {done} that {self.folder} has done")
         kept = []
-        for line in (self.folder / "metrics.jsonl").read_text("utf-8").splitlines(True):
-            with suppress(ValueError):  # half a last line
-                if json.loads(line)["iteration"] <= self.iteration:
+        for line in log.read_text("utf-8", "replace").splitlines() if log.exists() else []:
+            with suppress(ValueError, KeyError, TypeError):  # half a last line
+                line = json.loads(line)
+                if line["iteration"] <= done:
                     kept.append(line)
-        write_atomically(self.folder / "metrics.jsonl", "".join(kept).encode())
+        if kept and done < self.args.iterations and done % self.args.eval_every:
+            # it was evaluated as the last one, which it is no more
+            kept[-1] = {k: v for k, v in kept[-1].items() if not k.startswith("eval")}
+        write_atomically(log, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     @contextmanager
     def ema_weights(self):
@@ -1039,13 +1164,15 @@ def run_config(args):
     import peft
     import transformers
 
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    git, commit = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"], None
+    with suppress(OSError):  # no git here
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     return {
         "script": Path(sys.argv[0]).stem,
         "settings": dataclasses.asdict(args) | {"resume": None},
-        "prompts_sha256": prompts_hash(args.prompts),
+        "prompts_sha256": prompts_hashes(args),
         "versions": {m.__name__: m.__version__ for m in (torch, diffusers, transformers, peft)},
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
+        "commit": commit,
         "command": " ".join(sys.argv),
     }
 
@@ -1085,11 +1212,29 @@ class Stats:
 
 def write_atomically(path, data):
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_picture(sheet, path):
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    write_atomically(path, buffer.getbuffer())
+
+
+def finite(value):
+    """NaN and infinity as None, in lists and dicts too: JSON has no word for them."""
+    if isinstance(value, dict):
+        return {name: finite(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def picture_grid(images, captions, path, size=144, columns=8):
@@ -1104,7 +1249,7 @@ def picture_grid(images, captions, path, size=144, columns=8):
         filter = Image.Resampling.NEAREST if image.shape[-1] < size else Image.Resampling.LANCZOS
         sheet.paste(Image.fromarray(array).resize((size, size), filter), (x, y))
         ImageDraw.Draw(sheet).text((x, y + size + 2), "\n".join(textwrap.wrap(caption, 24)[:3]), "black")
-    sheet.save(path)
+    write_picture(sheet, path)
 
 
 def side_by_side(left, right, path):
@@ -1114,7 +1259,7 @@ def side_by_side(left, right, path):
     sheet = Image.new("RGB", (sum(p.width for p in pictures) + 24, max(p.height for p in pictures)), "grey")
     sheet.paste(pictures[0], (0, 0))
     sheet.paste(pictures[1], (pictures[0].width + 24, 0))
-    sheet.save(path)
+    write_picture(sheet, path)
 
 
 def line_chart(series, path, labels=None, size=(520, 220)):
@@ -1134,7 +1279,7 @@ def line_chart(series, path, labels=None, size=(520, 220)):
         for i, (x, y) in enumerate(points):
             draw.ellipse([x - 3, y - 3, x + 3, y + 3], "blue")
             draw.text((x - 3, bottom + 6), str(labels[i] if labels else i), "black")
-    sheet.save(path)
+    write_picture(sheet, path)
 
 
 def run_script(main, args_class, defaults):
@@ -1149,12 +1294,13 @@ def run_script(main, args_class, defaults):
             )
         )
     except OSError as error:
-        sys.exit(
-            fail(f"{error.strerror or error}: {error.filename or ''}; the last checkpoint stands, see --resume", 1)
-        )
+        where = f": {error.filename}" if error.filename else ""
+        sys.exit(fail(f"{error.strerror or error}{where}; the last checkpoint stands, see --resume", 1))
     except KeyboardInterrupt:
         sys.exit(fail("stopped", 130))
     except Exception as error:
+        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+            sys.exit(fail("out of memory; lower --micro-batch or the size of the batch, see --resume", 1))
         if not hasattr(error, "exit_status"):
             raise
         sys.exit(fail(str(error), error.exit_status))

@@ -68,7 +68,7 @@ def test_groups_of_seed_and_prompt_and_flat_groups(record, monkeypatch):
         (grouped, _, _), (advantage, _) = seen.advantages[0]
         assert grouped.shape == (4 * 2 * 2 * 3 // members, members)  # (K P S B / members, members)
         assert advantage.mean(1).abs().max() < 1e-5
-    monkeypatch.setattr(tempflow_grpo, "get_reward", lambda spec: FlatReward())
+    monkeypatch.setattr(tempflow_grpo, "get_reward", lambda spec, *options: FlatReward())
     seen = record(tempflow_grpo, "--iterations", "1", double=False)
     assert metrics(seen.folder)[-1]["zero_std_groups"] == 1.0
     assert all(g.abs().max() == 0 for _, update in [seen.updates[0]] for g in update)
@@ -77,6 +77,9 @@ def test_groups_of_seed_and_prompt_and_flat_groups(record, monkeypatch):
 class FlatReward:
     def check(self, prompts):
         pass
+
+    def self_check(self, images, prompts, parts):
+        return []
 
     def __call__(self, images, prompts):
         return torch.ones(len(prompts)), {"flat": torch.ones(len(prompts))}
@@ -91,16 +94,17 @@ def test_reward_of_a_branch_goes_to_its_own_step_seed_and_prompt(record, monkeyp
             asked.append((images, prompts))
             return images.flatten(1).mean(1), {}
 
-    monkeypatch.setattr(tempflow_grpo, "get_reward", lambda spec: Order())
+    monkeypatch.setattr(tempflow_grpo, "get_reward", lambda spec, *options: Order())
     seen = record(tempflow_grpo, "--iterations", "1", "--adv-clip", "100", double=False)
     (policy, *_), (_, _, _, ends) = seen.rollouts[0]
     batch = common.iteration_prompts(common.read_prompts(seen.args.prompts), 2, 1, 0)
     rewards = seen.advantages[0][0][0].view(4, 4, 3)
+    captions = [prompt for images, prompts in asked[1:-1] for prompt in prompts]  # between the two evaluations
     for k in range(4):
         for n in range(4):
             images = policy.decode(ends.view(4, 4, 3, 8, 8, 8)[k, n])
             torch.testing.assert_close(rewards[k, n], images.flatten(1).mean(1), atol=1e-5, rtol=0)
-            assert asked[1][1][(k * 4 + n) * 3] == batch[n // 2]
+            assert captions[(k * 4 + n) * 3] == batch[n // 2]
 
 
 @pytest.mark.parametrize("choice, want", [("2", 2), ("1,3", [1, 3]), ("2,", [2]), ("all", [0, 1, 2, 3])])
