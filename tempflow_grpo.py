@@ -194,8 +194,8 @@ def main(args):
                 chosen = torch.randperm(len(branch_steps), generator=dice)[:drawn].sort().values
                 branch_at, levels = [branch_steps[n] for n in chosen], [level[chosen] for level in all_levels]
                 weight = all_weights[chosen]
-                noise = [policy.noise(N * B, generator).unflatten(0, (N, B)) for _ in branch_at]
-                noise = [policy.noise(N, generator), *noise]
+                noise = [policy.noise(N, generator)]
+                noise += [policy.noise(N * B, generator).unflatten(0, (N, B)) for _ in branch_at]
                 progress = run.progress("rollout")
                 x, x_next, old_logp, latents = rollout(policy, text, owner, noise, sigmas, s, branch_at, progress)
 
