@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from conftest import ROOT, SCRIPTS, cli, metrics, small
+from conftest import ROOT, SCRIPTS, cli, here, metrics, small
 
 README = (ROOT / "README.md").read_text("utf-8")
 
@@ -25,7 +25,7 @@ def test_example_with_plain_diffusers_runs(tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_metric_is_explained(script, tmp_path):
     options = ["--kl-coef", "0.01", "--iterations", "1", "--output", tmp_path / "run"]
-    assert cli(script, *small(script), *options).returncode == 0
+    assert here(script, *small(script), *options).returncode == 0
     explained = re.sub(r"/<name>", "/shapes", README)
     for key in metrics(tmp_path / "run")[-1]:
         assert f"`{key}`" in explained or key == "iteration" or key.startswith("ratio_first_error"), key

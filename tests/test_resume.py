@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import ROOT, SCRIPTS, cli, metrics, small
+from conftest import ROOT, SCRIPTS, cli, here, metrics, small
 
 LORA = "lora/pytorch_lora_weights.safetensors"
 EXTRA = {"grpo": "--kl-coef 0.01", "gcpo": "--weighted-sampling", "tempflow_grpo": "--branch-steps 2"}
@@ -29,11 +29,11 @@ def test_stopped_and_resumed_is_the_same_run(script, tmp_path):
     """6 iterations at once, and 3 and then 6: the same metrics, adapter, optimizer and EMA, bit for bit."""
     options = [*small(script), *EXTRA[script].split(), "--ema-decay", "0.9", "--eval-every", "2"]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    assert cli(script, *options, "--iterations", "6", "--output", whole).returncode == 0
-    assert cli(script, *options, "--iterations", "3", "--output", halves).returncode == 0
+    assert here(script, *options, "--iterations", "6", "--output", whole).returncode == 0
+    assert here(script, *options, "--iterations", "3", "--output", halves).returncode == 0
     with open(halves / "metrics.jsonl", "a") as file:
         file.write('{"iteration": 4, "rew')  # half a last line
-    done = cli(script, "--resume", halves, "--iterations", "6")
+    done = here(script, "--resume", halves, "--iterations", "6")
     assert done.returncode == 0, done.stderr
     assert metrics(whole, times=False) == metrics(halves, times=False)
     assert same_weights(whole, halves)
@@ -50,7 +50,7 @@ def finished(tmp_path_factory):
     prompts = folder.parent / "prompts.txt"
     prompts.write_text("a red circle\ntwo blue squares\n")
     options = [*small("grpo"), "--prompts", prompts, "--iterations", "2", "--output", folder]
-    assert cli("grpo", *options).returncode == 0
+    assert here("grpo", *options).returncode == 0
     return folder
 
 
@@ -65,7 +65,7 @@ def finished(tmp_path_factory):
     ],
 )
 def test_what_would_change_the_past_is_refused_by_name(finished, script, options, says):
-    done = cli(script, "--resume", finished, *options.split())
+    done = here(script, "--resume", finished, *options.split())
     lines = [line for line in done.stderr.splitlines() if not line.startswith("warning: ")]
     assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0]
 
@@ -98,7 +98,7 @@ def other_prompts(folder):
     "damage, says", [(cut, "checkpoint.pt"), (foreign, "another model"), (other_prompts, "--prompts")]
 )
 def test_damaged_runs_are_told(finished, tmp_path, damage, says):
-    done = cli("grpo", "--resume", damaged(finished, tmp_path, damage), "--iterations", "3")
+    done = here("grpo", "--resume", damaged(finished, tmp_path, damage), "--iterations", "3")
     assert done.returncode == 2 and says in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
 
@@ -108,7 +108,7 @@ def test_another_version_of_torch_is_a_warning(finished, tmp_path):
         config["versions"]["torch"] = "2.0.0"
         (folder / "config.json").write_text(json.dumps(config))
 
-    done = cli("grpo", "--resume", damaged(finished, tmp_path, older), "--iterations", "3")
+    done = here("grpo", "--resume", damaged(finished, tmp_path, older), "--iterations", "3")
     assert done.returncode == 0 and "warning: this run began with torch 2.0.0" in done.stderr
 
 
@@ -129,7 +129,7 @@ def wait_for_line(folder, iteration, process):
 def test_signals_stop_after_the_iteration_saved(number, status, tmp_path):
     process = start("grpo", *small("grpo"), "--iterations", "500", "--output", tmp_path / "run")
     wait_for_line(tmp_path / "run", 1, process)
-    second = cli("grpo", "--resume", tmp_path / "run")  # two in one folder
+    second = here("grpo", "--resume", tmp_path / "run")  # two in one folder
     assert (second.returncode == 2 and "another process" in second.stderr) or "checkpoint" in second.stderr
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
@@ -145,7 +145,7 @@ def test_killed_at_twenty_moments_ends_with_the_same_weights(tmp_path):
     (tmp_path / "eval.txt").write_text("a red circle\n")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     began = time.time()
-    assert cli("grpo", *options, "--output", whole).returncode == 0
+    assert here("grpo", *options, "--output", whole).returncode == 0
     duration, rng, kills = time.time() - began, random.Random(0), 0
     while kills < 20:
         resume = (killed / "config.json").exists()
@@ -162,7 +162,7 @@ def test_killed_at_twenty_moments_ends_with_the_same_weights(tmp_path):
                 torch.load(path, weights_only=True)
             elif path.exists() and path.suffix == ".safetensors":
                 load_file(path)
-    done = cli("grpo", "--resume", killed)
+    done = here("grpo", "--resume", killed)
     assert done.returncode == 0, done.stderr
     assert same_weights(whole, killed)
     assert metrics(whole, times=False) == metrics(killed, times=False)
@@ -200,7 +200,7 @@ def test_a_reward_that_fails_in_the_midst_stops_the_run_saved(what, says, tmp_pa
 def test_gradients_that_are_not_finite_are_skipped_and_five_in_a_row_stop(tmp_path):
     """A clip range cannot make them, so the learning rate does: weights so large that the velocity overflows."""
     options = ["--learning-rate", "10", "--iterations", "40", "--lora-alpha", "1000000", "--max-grad-norm", "1000000"]
-    done = cli("grpo", *small("grpo"), *options, "--dtype", "float16", "--output", tmp_path / "run")
+    done = here("grpo", *small("grpo"), *options, "--dtype", "float16", "--output", tmp_path / "run")
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert "not finite" in done.stderr.splitlines()[-1]
 

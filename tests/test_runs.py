@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import common
 import gcpo
 import grpo
-from conftest import SCRIPTS, cli, metrics, small
+from conftest import SCRIPTS, here, metrics, small
 
 VARIANTS = [
     *(
@@ -42,7 +42,7 @@ def test_options_run_and_the_first_ratio_is_one(script, options, tmp_path):
         "--output",
         tmp_path / "run",
     ]
-    done = cli(script, *options)
+    done = here(script, *options)
     assert done.returncode == 0, done.stderr
     lines = metrics(tmp_path / "run")
     assert [line["iteration"] for line in lines] == [0, 1, 2]
@@ -65,7 +65,7 @@ def test_kl_is_zero_before_the_first_update(record):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_same_seed_same_run_and_the_run_folder(script, tmp_path):
     for name in "ab":
-        done = cli(script, *small(script), "--iterations", "2", "--output", tmp_path / name, "--seed", "3")
+        done = here(script, *small(script), "--iterations", "2", "--output", tmp_path / name, "--seed", "3")
         assert done.returncode == 0, done.stderr
     assert metrics(tmp_path / "a", times=False) == metrics(tmp_path / "b", times=False)
     a, b = (load_file(tmp_path / name / "lora" / "pytorch_lora_weights.safetensors") for name in "ab")
@@ -90,7 +90,7 @@ def test_micro_batch_changes_nothing(script, tmp_path):
     runs = []
     for size in (1, 3, 8):
         options = [*small(script), "--iterations", "2", "--micro-batch", size, "--output", tmp_path / str(size)]
-        assert cli(script, *options).returncode == 0
+        assert here(script, *options).returncode == 0
         runs.append(metrics(tmp_path / str(size), times=False))
     for line, *others in zip(*runs):
         for other in others:
@@ -102,7 +102,7 @@ def test_micro_batch_changes_nothing(script, tmp_path):
 def test_gcpo_with_chunks_of_one_is_grpo(tmp_path):
     own = ["--chunks", "1,1,1,1", "--chunk-fraction", "1"]
     for script, options in (("grpo", []), ("gcpo", own)):
-        done = cli(
+        done = here(
             script, *small(script), *options, "--iterations", "3", "--kl-coef", "0.01", "--output", tmp_path / script
         )
         assert done.returncode == 0, done.stderr
