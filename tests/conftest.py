@@ -24,6 +24,9 @@ QUICK = (
 )
 
 
+slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="minutes; SLOW=1 runs it, as CI does")
+
+
 def small(script):
     """Options of a run that takes seconds."""
     group = "--seeds-per-prompt 2 --branches 3" if script == "tempflow_grpo" else "--group-size 4"
@@ -54,6 +57,39 @@ def metrics(folder, times=True):
     """The lines of a run's metrics.jsonl; without times, what must be the same in two runs."""
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     return lines if times else [{k: v for k, v in line.items() if not k.endswith("_s")} for line in lines]
+
+
+def run_main(monkeypatch, script, *options):
+    """Run a script in this process, as its command line does: returns the exit status."""
+    module = importlib.import_module(script)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, options)])
+    try:
+        common.run_script(module.main, module.Args, module.DEFAULTS)
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
+def state(folder):
+    """All of a checkpoint as a flat list of numbers, tensors and names, to compare two runs bit for bit."""
+
+    def flat(value, name=""):
+        if isinstance(value, dict):
+            return [pair for key in value for pair in flat(value[key], f"{name}.{key}")]
+        if isinstance(value, list | tuple):
+            return [pair for i, part in enumerate(value) for pair in flat(part, f"{name}.{i}")]
+        return [(name, value)]
+
+    return flat(torch.load(Path(folder) / "checkpoint.pt", weights_only=True))
+
+
+def assert_same_run(one, other):
+    """Two run folders hold the same metrics (but for times), weights, optimizer, average and counters, bit for bit."""
+    assert metrics(one, times=False) == metrics(other, times=False)
+    one, other = state(one), state(other)
+    assert [name for name, _ in one] == [name for name, _ in other]
+    for (name, a), (_, b) in zip(one, other):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, name
 
 
 class DoublePolicy(common.Policy):
