@@ -2,6 +2,7 @@
 
 python tests/bench.py model --model sd3 --resolution 512            # speed and memory at the true size, on CUDA
 python tests/bench.py model --model flux --resolution 512 --tiny    # the same lines from a toy, on a CPU
+python tests/bench.py tempflow                                     # the savings of tempflow_grpo.py, on the tiny model
 """
 
 import argparse
