@@ -653,6 +653,8 @@ def resumed_args(args, given):
         if name not in given or name not in FREE_ON_RESUME:
             setattr(args, name, value)
     args.output = args.resume
+    if not all(isinstance(config.get(name), dict) for name in ("prompts_sha256", "versions")):
+        raise StopRun(f"--resume {args.resume} has a config.json of another version of {script}.py; start a new run")
     for name, digest in prompts_hashes(args).items():
         if digest != config.get("prompts_sha256", {}).get(name):
             raise StopRun(

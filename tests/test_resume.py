@@ -88,8 +88,27 @@ def other_prompts(folder):
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def old_config(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["prompts_sha256"] = "0" * 64  # as it was once, of one file
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def no_versions(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["versions"] = None
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 @pytest.mark.parametrize(
-    "damage, says", [(cut, "checkpoint.pt"), (foreign, "another model"), (other_prompts, "--prompts")]
+    "damage, says",
+    [
+        (cut, "checkpoint.pt"),
+        (foreign, "another model"),
+        (other_prompts, "--prompts"),
+        (old_config, "another version"),
+        (no_versions, "another version"),
+    ],
 )
 def test_damaged_runs_are_told(finished, tmp_path, damage, says):
     done = here("grpo", "--resume", damaged(finished, tmp_path, damage), "--iterations", "3")
