@@ -3,9 +3,11 @@
 python tests/bench.py model --model sd3 --resolution 512            # speed and memory at the true size, on CUDA
 python tests/bench.py model --model flux --resolution 512 --tiny    # the same lines from a toy, on a CPU
 python tests/bench.py tempflow                                     # the savings of tempflow_grpo.py, on the tiny model
+python tests/bench.py curves                                       # the study of the README; --plot makes its figures
 """
 
 import argparse
+import os
 import sys
 import time
 from contextlib import nullcontext
@@ -21,6 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import common  # noqa: E402
 import gcpo  # noqa: E402
 import grpo  # noqa: E402
+import study  # noqa: E402
 import tempflow_grpo  # noqa: E402
 
 # ---------------------------------------------------------------- model: speed and memory at the true sizes
@@ -499,6 +502,12 @@ def bench_tempflow(args):
     print(f"largest difference of the gradients, relative: {error:.1e}")
 
 
+def bench_curves(args):
+    """The three algorithms and their ablations over seeds on the tiny model, at equal cost; stop and go on at will."""
+    jobs = [job for job in study.jobs_of(args.seeds) if not args.only or any(job[0].startswith(o) for o in args.only)]
+    return study.run_study(jobs, args.jobs)
+
+
 def settle(device):
     if str(device).startswith("cuda"):
         torch.cuda.synchronize()
@@ -525,8 +534,14 @@ def main():
     command.add_argument("--repeats", type=int, default=5)
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
+    command = commands.add_parser("curves", help=bench_curves.__doc__)
+    command.set_defaults(function=bench_curves)
+    command.add_argument("--seeds", type=int, default=5, help="of each variant; tuning has its own two")
+    command.add_argument("--only", nargs="*", default=[], help="runs whose names begin so: tuning, grpo, gcpo-fixed")
+    command.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
+
     args = parser.parse_args()
-    args.function(args)
+    sys.exit(args.function(args))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,210 @@
+"""The study of the README: which algorithm is better on the tiny model, at equal cost, with error bars.
+
+    python tests/bench.py curves             # every run that tests/curves/ does not have yet; stop it when you like
+    python tests/bench.py curves --plot      # tables and figures of the README, from tests/curves/ alone
+
+A run is a script's command line, as RUNS has it, and a seed. Runs in progress are in runs/curves/; a finished one leaves
+its metrics.jsonl in tests/curves/, and a line with command, commit and machine in tests/curves/runs.json.
+"""
+
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+CURVES = ROOT / "tests" / "curves"
+BUDGET = 140_000  # velocity evaluations, where runs are compared
+SCRIPTS = ("grpo", "gcpo", "tempflow_grpo")
+TUNING_SEEDS = (10, 11)  # not the study's own, so that tuning does not favour the seeds that are reported
+
+# name: (script, options). The iterations are those that pass BUDGET, at the next evaluation.
+RUNS = {script: (script, f"--iterations {n}") for script, n in zip(SCRIPTS, (40, 50, 60))}
+RUNS |= {
+    "grpo-batch-std": ("grpo", "--iterations 40 --adv-std batch"),
+    "grpo-1-update": ("grpo", "--iterations 40 --updates-per-iteration 1"),
+    "grpo-4-updates": ("grpo", "--iterations 40 --updates-per-iteration 4"),
+    "grpo-dance": ("grpo", "--iterations 40 --sde dance"),
+    "gcpo-fixed": ("gcpo", "--iterations 50 --chunks 2,3,4"),
+    "gcpo-one-chunk": ("gcpo", "--iterations 40 --chunks 9"),
+    "gcpo-ones": ("gcpo", "--iterations 60 --chunks 1,1,1,1,1,1,1,1,1"),
+    "gcpo-weighted": ("gcpo", "--iterations 50 --weighted-sampling"),
+    "gcpo-all-chunks": ("gcpo", "--iterations 40 --chunk-fraction 1"),
+    "tempflow-unweighted": ("tempflow_grpo", "--iterations 60 --weighting none"),
+    "tempflow-prompt-group": ("tempflow_grpo", "--iterations 60 --group prompt"),
+    "tempflow-1x12": ("tempflow_grpo", "--iterations 65 --seeds-per-prompt 1 --branches 12"),
+    "tempflow-3x4": ("tempflow_grpo", "--iterations 55 --seeds-per-prompt 3 --branches 4"),
+    "tempflow-early": ("tempflow_grpo", "--iterations 80 --branch-steps 0,1,2,3,4"),
+}
+# The same budget of tuning for each algorithm: these settings, two seeds each
+TUNED = [(1e-3, 1e-3), (5e-4, 1e-3), (2e-3, 1e-3), (1e-3, 3e-4), (1e-3, 3e-3)]
+TUNING = {
+    f"tuning-{script}-lr{rate:g}-clip{clip:g}": (
+        script,
+        f"{RUNS[script][1]} --learning-rate {rate:g} --clip-range {clip:g}",
+    )
+    for rate, clip in TUNED
+    for script in SCRIPTS
+}
+
+
+def command(name, seed):
+    """The command line of a run, without its --output."""
+    script, options = (RUNS | TUNING)[name]
+    return f"python {script}.py {options} --seed {seed} --eval-every 5"
+
+
+def jobs_of(seeds):
+    """(name, seed) of every run, the most wanted first: tuning, the three scripts, then the ablations seed by seed."""
+    jobs = [(name, seed) for seed in TUNING_SEEDS for name in TUNING]
+    jobs += [(script, seed) for seed in range(seeds) for script in SCRIPTS]
+    return jobs + [(name, seed) for seed in range(seeds) for name in RUNS if name not in SCRIPTS]
+
+
+def machine():
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    models = [line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")]
+    return f"{(models or [platform.machine()])[0]}, one thread"
+
+
+def short(value):
+    """Numbers with five digits, in lists and dicts too: the committed metrics are to be small."""
+    if isinstance(value, dict):
+        return {name: short(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [short(part) for part in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def read_runs(folder=CURVES):
+    """{name-seed: command, commit, machine ...} of the runs that are there."""
+    path = folder / "runs.json"
+    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+
+class Study:
+    """Runs jobs side by side, each in a process of its own with one thread, and keeps what they leave."""
+
+    def __init__(self, work, curves):
+        self.work, self.curves, self.stopped = work, curves, threading.Event()
+        self.processes, self.lock = set(), threading.Lock()
+
+    def run(self, name, seed):
+        """One run to its end, from where it was stopped. Returns its exit status, and the end of what it printed."""
+        folder, key = self.work / f"{name}-{seed}", f"{name}-{seed}"
+        config = folder / "config.json"
+        options = [*command(name, seed).split()[2:], "--output", str(folder)]
+        if config.exists():
+            done = json.loads(config.read_text("utf-8"))["command"].split()[1:]
+            if done == options:
+                options = ["--resume", str(folder)]
+            else:  # RUNS has changed since
+                shutil.rmtree(folder)
+        self.work.mkdir(parents=True, exist_ok=True)
+        with open(self.work / f"{key}.log", "w", encoding="utf-8") as log, self.lock:
+            if self.stopped.is_set():
+                return 130, "stopped"
+            process = subprocess.Popen(
+                [sys.executable, f"{(RUNS | TUNING)[name][0]}.py", *options],
+                cwd=ROOT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                start_new_session=True,  # a Ctrl-C reaches the runs once, through stop
+            )
+            self.processes.add(process)
+        status = process.wait()
+        self.processes.discard(process)
+        if status == 0:
+            self.keep(name, seed, folder)
+        return status, (self.work / f"{key}.log").read_text("utf-8")[-300:]
+
+    def keep(self, name, seed, folder):
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+        if name not in SCRIPTS:  # of ablations and tuning the evaluated iterations, and what all of them cost
+            seconds = 0.0
+            for line in lines:
+                seconds = line["seconds"] = seconds + sum(line.get(f"{k}_s", 0) for k in ("rollout", "reward", "train"))
+            lines = [line for line in lines if "eval_reward" in line]
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        with self.lock:
+            self.curves.mkdir(parents=True, exist_ok=True)
+            text = "".join(json.dumps(short(line)) + "\n" for line in lines)
+            (self.curves / f"{name}-{seed}.jsonl").write_text(text, "utf-8")
+            runs = read_runs(self.curves) | {
+                f"{name}-{seed}": {
+                    "command": command(name, seed),
+                    "commit": config["commit"],
+                    "machine": machine(),
+                    "versions": config["versions"],
+                    "resumed": len(config.get("resumed", [])),
+                }
+            }
+            text = "{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(runs[k])}" for k in sorted(runs)) + "\n}\n"
+            (self.curves / "runs.json").write_text(text, "utf-8")
+
+    def stop(self):
+        """Ask every run to save and end; the next call goes on from there."""
+        self.stopped.set()
+        with self.lock:
+            for process in self.processes:
+                process.send_signal(signal.SIGTERM)
+
+
+def run_study(jobs, workers, work=ROOT / "runs" / "curves", curves=CURVES):
+    """Do the jobs that curves does not have, several at a time. Returns the exit status."""
+    have = {key: run["command"] for key, run in read_runs(curves).items()}
+    todo = [job for job in jobs if have.get("{}-{}".format(*job)) != command(*job)]
+    print(f"{len(jobs) - len(todo)} runs are there, {len(todo)} to do, {workers} at a time")
+    study, failed = Study(work, curves), 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with ThreadPoolExecutor(workers) as pool:
+        futures = {pool.submit(study.run, *job): job for job in todo}
+        try:
+            for future in tqdm(as_completed(futures), total=len(futures), desc="runs"):
+                (name, seed), (status, tail) = futures[future], future.result()
+                if status == 0:
+                    cost, reward = curve(name, seed, curves)
+                    tqdm.write(f"{name} seed {seed}: {reward[0]:.3f} -> {at_budget(cost, reward):.3f}")
+                else:
+                    failed += 1
+                    tqdm.write(f"{name} seed {seed} ended with status {status}: {tail}")
+        except KeyboardInterrupt:
+            study.stop()
+            pool.shutdown(cancel_futures=True)
+            print("stopped; the same command goes on", file=sys.stderr)
+            return 130
+    return 1 if failed else 0
+
+
+# ---------------------------------------------------------------- what came out
+
+
+def read_run(name, seed, folder=CURVES):
+    return [json.loads(line) for line in (folder / f"{name}-{seed}.jsonl").read_text("utf-8").splitlines()]
+
+
+def curve(name, seed, folder=CURVES):
+    """Velocity evaluations and held-out reward of a run's evaluations, two lists."""
+    lines = [line for line in read_run(name, seed, folder) if "eval_reward" in line]
+    return [line.get("velocity_evals", 0) for line in lines], [line["eval_reward"] for line in lines]
+
+
+def at_budget(cost, reward, budget=BUDGET):
+    """Held-out reward at a cost, on the straight line between the two evaluations around it."""
+    import numpy as np
+
+    if cost[-1] < budget:
+        raise ValueError(f"a run ended at {cost[-1]} evaluations, before {budget}")
+    return float(np.interp(budget, cost, reward))
