@@ -3,7 +3,7 @@
 The first part is pure functions that can be copied anywhere; the scripts and tests import this file, and it imports
 none of them. Notation as in the papers: sigma in [0, 1] is the noise level (1 noise, 0 image), x_sigma =
 (1 - sigma) x0 + sigma eps, velocity = eps - x0, s a noise scale, Delta = sigma - sigma_next. [FG] is Flow-GRPO
-(arXiv 2505.05470), [DG] DanceGRPO (2505.07818).
+(arXiv 2505.05470), [DG] DanceGRPO (2505.07818), [TF] TempFlow-GRPO (2508.04324).
 """
 
 import dataclasses

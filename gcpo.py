@@ -5,6 +5,8 @@
 
 One iteration: sample a group of images for every prompt with the SDE (rollout), score them (reward), compare each with
 its group (advantage), and raise the probability of the chunks of steps that led to the better ones (update).
+
+A transition is one random step of the sampler. Notation: common.py. Sources in brackets, settings, metrics: README.md.
 """
 
 from dataclasses import dataclass
@@ -75,7 +77,7 @@ class Args:
     wandb: str | None = HfArg(default=None, help="project to log to as well")
 
 
-# Settings that depend on the model: [FG]'s for SD3; for tiny what was found by trying. micro_batch: as many as
+# Settings that depend on the model: [FG]'s for SD3; for tiny what tuning found (README.md). micro_batch: as many as
 # fit in training without --gradient-checkpointing, by count (tests/bench.py): SD3 and FLUX.2 in 24 GB.
 DEFAULTS = {
     "tiny": dict(

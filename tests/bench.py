@@ -504,6 +504,10 @@ def bench_tempflow(args):
 
 def bench_curves(args):
     """The three algorithms and their ablations over seeds on the tiny model, at equal cost; stop and go on at will."""
+    if args.plot:
+        study.report()
+        study.plot()
+        return 0
     jobs = [job for job in study.jobs_of(args.seeds) if not args.only or any(job[0].startswith(o) for o in args.only)]
     return study.run_study(jobs, args.jobs)
 
@@ -539,6 +543,8 @@ def main():
     command.add_argument("--seeds", type=int, default=5, help="of each variant; tuning has its own two")
     command.add_argument("--only", nargs="*", default=[], help="runs whose names begin so: tuning, grpo, gcpo-fixed")
     command.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
+
+    command.add_argument("--plot", action="store_true", help="tables and figures from tests/curves; needs matplotlib")
 
     args = parser.parse_args()
     sys.exit(args.function(args))

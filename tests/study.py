@@ -3,8 +3,8 @@
     python tests/bench.py curves             # every run that tests/curves/ does not have yet; stop it when you like
     python tests/bench.py curves --plot      # tables and figures of the README, from tests/curves/ alone
 
-A run is a script's command line, as RUNS has it, and a seed. Runs in progress are in runs/curves/; a finished one leaves
-its metrics.jsonl in tests/curves/, and a line with command, commit and machine in tests/curves/runs.json.
+A run is a script's command line, as RUNS has it, and a seed. Runs in progress are in runs/curves/; a finished one
+leaves its metrics.jsonl in tests/curves/, and a line with command, commit and machine in tests/curves/runs.json.
 """
 
 import json
@@ -25,7 +25,6 @@ ROOT = Path(__file__).resolve().parents[1]
 CURVES = ROOT / "tests" / "curves"
 BUDGET = 140_000  # velocity evaluations, where runs are compared
 SCRIPTS = ("grpo", "gcpo", "tempflow_grpo")
-TUNING_SEEDS = (10, 11)  # not the study's own, so that tuning does not favour the seeds that are reported
 
 # name: (script, options). The iterations are those that pass BUDGET, at the next evaluation.
 RUNS = {script: (script, f"--iterations {n}") for script, n in zip(SCRIPTS, (40, 50, 60))}
@@ -45,13 +44,18 @@ RUNS |= {
     "tempflow-3x4": ("tempflow_grpo", "--iterations 55 --seeds-per-prompt 3 --branches 4"),
     "tempflow-early": ("tempflow_grpo", "--iterations 80 --branch-steps 0,1,2,3,4"),
 }
-# The same budget of tuning for each algorithm: these settings, two seeds each
+# The same budget of tuning for each algorithm: five settings of learning rate and clip range with one seed, then the
+# first and the two best with another. The seeds are not the study's own, so tuning does not favour what is reported.
 TUNED = [(1e-3, 1e-3), (5e-4, 1e-3), (2e-3, 1e-3), (1e-3, 3e-4), (1e-3, 3e-3)]
+FINALISTS = {"grpo": (0, 2, 3), "gcpo": (0, 2, 3), "tempflow_grpo": (0, 2, 4)}
+
+
+def tuning_name(script, rate, clip):
+    return f"tuning-{script}-lr{rate:g}-clip{clip:g}"
+
+
 TUNING = {
-    f"tuning-{script}-lr{rate:g}-clip{clip:g}": (
-        script,
-        f"{RUNS[script][1]} --learning-rate {rate:g} --clip-range {clip:g}",
-    )
+    tuning_name(script, rate, clip): (script, f"{RUNS[script][1]} --learning-rate {rate:g} --clip-range {clip:g}")
     for rate, clip in TUNED
     for script in SCRIPTS
 }
@@ -65,7 +69,10 @@ def command(name, seed):
 
 def jobs_of(seeds):
     """(name, seed) of every run, the most wanted first: tuning, the three scripts, then the ablations seed by seed."""
-    jobs = [(name, seed) for seed in TUNING_SEEDS for name in TUNING]
+    jobs = [(name, 10) for name in TUNING]
+    jobs += [
+        (tuning_name(script, *TUNED[n]), 11) for k in range(3) for script in SCRIPTS for n in [FINALISTS[script][k]]
+    ]
     jobs += [(script, seed) for seed in range(seeds) for script in SCRIPTS]
     return jobs + [(name, seed) for seed in range(seeds) for name in RUNS if name not in SCRIPTS]
 
@@ -191,6 +198,30 @@ def run_study(jobs, workers, work=ROOT / "runs" / "curves", curves=CURVES):
 # ---------------------------------------------------------------- what came out
 
 
+# 97.5% quantiles of Student's t by degrees of freedom: the half width of a 95% interval in standard errors
+T_QUANTILE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+LABELS = {
+    "grpo": "`grpo.py`: group std, U = 2, `flow`",
+    "grpo-batch-std": "std of the batch",
+    "grpo-1-update": "U = 1",
+    "grpo-4-updates": "U = 4",
+    "grpo-dance": "`dance`, eta = 0.3",
+    "gcpo": "`gcpo.py`: adaptive chunks, half of them",
+    "gcpo-fixed": "fixed chunks 2, 3, 4",
+    "gcpo-one-chunk": "one chunk of 9",
+    "gcpo-ones": "chunks of 1: GRPO on half of the steps",
+    "gcpo-weighted": "weighted sampling of chunks",
+    "gcpo-all-chunks": "all adaptive chunks",
+    "tempflow_grpo": "`tempflow_grpo.py`: 2 seeds x 6 branches",
+    "tempflow-unweighted": "no weights",
+    "tempflow-prompt-group": "groups of a prompt",
+    "tempflow-1x12": "1 seed x 12 branches",
+    "tempflow-3x4": "3 seeds x 4 branches",
+    "tempflow-early": "branches at steps 0 to 4 only",
+}
+FAMILIES = {script: [name for name, (of, _) in RUNS.items() if of == script] for script in SCRIPTS}
+
+
 def read_run(name, seed, folder=CURVES):
     return [json.loads(line) for line in (folder / f"{name}-{seed}.jsonl").read_text("utf-8").splitlines()]
 
@@ -208,3 +239,150 @@ def at_budget(cost, reward, budget=BUDGET):
     if cost[-1] < budget:
         raise ValueError(f"a run ended at {cost[-1]} evaluations, before {budget}")
     return float(np.interp(budget, cost, reward))
+
+
+def seeds_of(name, folder=CURVES):
+    """The seeds that a variant has been run with."""
+    return [seed for seed in range(100) if f"{name}-{seed}" in read_runs(folder)]
+
+
+def mean_interval(values):
+    """Mean and half width of its 95% interval, by Student's t, of a few seeds' values."""
+    values = torch.tensor(values, dtype=torch.float64)
+    return values.mean().item(), T_QUANTILE[len(values) - 1] * values.std().item() / len(values) ** 0.5
+
+
+def rewards_at(name, budget=BUDGET, axis="velocity_evals", folder=CURVES):
+    """{seed: held-out reward at a cost}, by another axis of the metrics too."""
+    found = {}
+    for seed in seeds_of(name, folder):
+        lines = [line for line in read_run(name, seed, folder) if "eval_reward" in line]
+        found[seed] = at_budget([line.get(axis, 0) for line in lines], [line["eval_reward"] for line in lines], budget)
+    return found
+
+
+def seconds(name, seed, folder=CURVES):
+    """Time of rollouts, rewards and updates up to the budget, on a straight line between two evaluations."""
+    import numpy as np
+
+    total, cost, spent = 0.0, [0], [0.0]
+    for line in read_run(name, seed, folder)[1:]:
+        total += sum(line.get(f"{k}_s", 0) for k in ("rollout", "reward", "train"))
+        cost.append(line["velocity_evals"])
+        spent.append(line.get("seconds", total))
+    return float(np.interp(BUDGET, cost, spent))
+
+
+def markdown(header, rows):
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def tables(folder=CURVES):
+    """The README's tables of results, as they stand there: {title: markdown}."""
+    plus_minus = "{:.3f} ± {:.3f}".format
+    images = min(read_run("grpo", seed, folder)[-1]["images"] for seed in seeds_of("grpo", folder))
+    rows = []
+    for script in SCRIPTS:
+        lines = [read_run(script, seed, folder) for seed in seeds_of(script, folder)]
+        rows.append(
+            [
+                f"`{command(script, 0).removesuffix('--seed 0 --eval-every 5')}--seed S`",
+                plus_minus(*mean_interval(list(rewards_at(script, folder=folder).values()))),
+                plus_minus(*mean_interval(list(rewards_at(script, images, "images", folder).values()))),
+                f"{sum(run[-1]['images'] / run[-1]['velocity_evals'] for run in lines) / len(lines) * BUDGET:,.0f}",
+                f"{sum(seconds(script, seed, folder) for seed in seeds_of(script, folder)) / len(lines):.0f}",
+            ]
+        )
+    header = ["command", f"at {BUDGET:,} velocity evaluations", f"at {images:,} images scored"]
+    found = {"main": markdown([*header, f"images scored in {BUDGET:,}", "seconds in them"], rows)}
+    for script, names in FAMILIES.items():
+        rows, usual = [], rewards_at(script, folder=folder)
+        for name in names:
+            rewards = rewards_at(name, folder=folder)
+            both = [rewards[seed] - usual[seed] for seed in rewards if seed in usual]
+            change = "" if name == script else "{:+.3f} ± {:.3f}".format(*mean_interval(both))
+            options = RUNS[name][1].split(maxsplit=2)[2:]
+            rows.append(
+                [
+                    LABELS[name] + (f" (`{options[0]}`)" if options else ""),
+                    plus_minus(*mean_interval(list(rewards.values()))),
+                    change,
+                    str(len(rewards)),
+                ]
+            )
+        found[script] = markdown(["variant", "held-out reward", "against the first row, same seeds", "seeds"], rows)
+    rows = []
+    for rate, clip in TUNED:
+        row = [f"{rate:g}", f"{clip:g}"]
+        for script in SCRIPTS:
+            rewards = rewards_at(tuning_name(script, rate, clip), folder=folder).values()
+            row.append(f"{sum(rewards) / len(rewards):.3f} ({', '.join(f'{reward:.3f}' for reward in rewards)})")
+        rows.append(row)
+    found["tuning"] = markdown(["learning rate", "clip range", *(f"`{script}.py`" for script in SCRIPTS)], rows)
+    return found
+
+
+def mean_by_step(name, key, folder=CURVES):
+    """Mean of a by-step metric over the first ten iterations of all seeds: the model is hardly trained yet."""
+    rows = [line[key] for seed in seeds_of(name, folder) for line in read_run(name, seed, folder)[1:11]]
+    return torch.tensor(rows).mean(0).tolist()
+
+
+def plot(folder=CURVES):
+    """The README's figures: curves.png, held-out reward over cost, and steps.png, what happens at each step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import numpy as np
+    from matplotlib import pyplot
+
+    grid = np.linspace(0, BUDGET, 57)
+
+    def draw(axes, name, label):
+        curves = [np.interp(grid, *curve(name, seed, folder)) for seed in seeds_of(name, folder)]
+        middle, half = zip(*(mean_interval(column) for column in zip(*curves)))
+        (line,) = axes.plot(grid / 1000, middle, label=f"{label} ({len(curves)})", linewidth=1.6)
+        low, high = np.subtract(middle, half), np.add(middle, half)
+        axes.fill_between(grid / 1000, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
+
+    figure, panels = pyplot.subplots(2, 2, figsize=(12, 9), sharex=True, sharey=True)
+    titles = ("the three algorithms", "grpo.py", "gcpo.py", "tempflow_grpo.py")
+    for axes, title, names in zip(panels.flat, titles, (SCRIPTS, *FAMILIES.values())):
+        for name in names:
+            label = LABELS[name].replace("`", "")
+            draw(axes, name, f"{name}.py" if names is SCRIPTS else label)
+        axes.set_title(title)
+        axes.legend(fontsize=8, loc="upper left")
+        axes.grid(alpha=0.3)
+        axes.set_ylim(0.45, 0.85)
+    for axes in panels[1]:
+        axes.set_xlabel("velocity evaluations, thousands")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("reward of the held-out prompts")
+    figure.tight_layout()
+    figure.savefig(folder / "curves.png", dpi=90)
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4))
+    steps = np.arange(9)
+    left.plot(steps, mean_by_step("tempflow_grpo", "reward_std_by_step", folder), "o-")
+    left.set_title("spread (std) of the reward over the branches of a step")
+    right.plot(steps, mean_by_step("gcpo", "l1rel_by_step", folder), "o-", label="mean L1rel of the step")
+    cuts = mean_by_step("gcpo", "chunk_cuts", folder)
+    right.bar(steps[1:] - 0.5, cuts, 0.12, color="C1", label="share of trajectories with a cut there")
+    right.set_title("L1rel, and where adaptive chunks are cut")
+    right.legend()
+    for axes in (left, right):
+        axes.set_xticks(steps)
+        axes.set_xlabel("step")
+        axes.set_ylim(0)
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(folder / "steps.png", dpi=90)
+    pyplot.close("all")
+
+
+def report(folder=CURVES):
+    """Print the README's tables of results."""
+    for title, table in tables(folder).items():
+        print(f"\n{title}\n\n{table}")

@@ -3,10 +3,8 @@
 import base64
 import io
 import itertools
-import json
 import random
 import sys
-import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,58 +17,6 @@ from PIL import Image, ImageDraw, ImageFont
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import rewards
 from rewards import RewardError, get_reward, read_score
-
-# ---------------------------------------------------------------- the server
-
-
-@pytest.fixture
-def serve():
-    """serve(answer) starts a server on the loopback; answer(request) -> (status, text or bytes). Returns it, with .url,
-    .requests (bodies) and .most (the most requests at a time)."""
-    servers = []
-
-    def start(answer):
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                self.reply(200, json.dumps({"data": [{"id": "first-model"}, {"id": "second"}]}).encode())
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with server.lock:
-                    server.requests.append(body | {"path": self.path, "key": self.headers["Authorization"]})
-                    server.now += 1
-                    server.most = max(server.most, server.now)
-                status, text = answer(body)
-                with server.lock:
-                    server.now -= 1
-                if isinstance(text, str):
-                    text = json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
-                self.reply(status, text)
-
-            def reply(self, status, data):
-                try:
-                    self.send_response(status)
-                    self.send_header("Content-Length", str(len(data)))
-                    self.end_headers()
-                    self.wfile.write(data)
-                except OSError:
-                    pass  # the client has given up
-
-            def log_message(self, *args):
-                pass
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.daemon_threads, server.block_on_close = True, False
-        server.lock, server.requests, server.now, server.most = threading.Lock(), [], 0, 0
-        server.url = f"http://127.0.0.1:{server.server_port}/v1"
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        servers.append(server)
-        return server
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
 
 
 def content(body):
