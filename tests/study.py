@@ -183,7 +183,7 @@ def run_study(jobs, workers, work=ROOT / "runs" / "curves", curves=CURVES):
                 (name, seed), (status, tail) = futures[future], future.result()
                 if status == 0:
                     cost, reward = curve(name, seed, curves)
-                    tqdm.write(f"{name} seed {seed}: {reward[0]:.3f} -> {at_budget(cost, reward):.3f}")
+                    tqdm.write(f"{name} seed {seed}: {reward[0]:.3f} -> {reward[-1]:.3f} at {cost[-1]:,} evaluations")
                 else:
                     failed += 1
                     tqdm.write(f"{name} seed {seed} ended with status {status}: {tail}")

@@ -1,0 +1,102 @@
+"""The study behind the README's results: runs are kept, stopped and continued; intervals and tables are right."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch.distributions import StudentT
+
+import study
+from conftest import ROOT, metrics, small
+
+OPTIONS = " ".join(["--iterations 8", *small("grpo")])
+PROGRAM = """
+import sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+import study
+study.RUNS["grpo"] = "grpo", sys.argv[1]
+sys.exit(study.run_study([("grpo", 0), ("grpo", 1)], 2, Path(sys.argv[2], "work"), Path(sys.argv[2], "curves")))
+"""
+
+
+def start(folder, options=OPTIONS):
+    line = [sys.executable, "-c", PROGRAM, options, str(folder)]
+    return subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_study_is_stopped_and_continued(tmp_path):
+    process = start(tmp_path / "stopped")
+    log = tmp_path / "stopped" / "work" / "grpo-0" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and len(log.read_text().splitlines()) > 2):
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on" in errors and "Traceback" not in errors
+    assert not (tmp_path / "stopped" / "curves" / "grpo-0.jsonl").exists()
+    for folder in ("stopped", "whole"):
+        process = start(tmp_path / folder)
+        assert process.communicate(timeout=240) and process.returncode == 0
+    runs = study.read_runs(tmp_path / "stopped" / "curves")
+    assert [runs[f"grpo-{seed}"]["resumed"] for seed in (0, 1)] == [1, 1]
+    for seed in (0, 1):
+        stopped, whole = (metrics(tmp_path / f / "work" / f"grpo-{seed}", times=False) for f in ("stopped", "whole"))
+        assert stopped == whole
+    kept = study.read_run("grpo", 0, tmp_path / "stopped" / "curves")
+    assert len(kept) == 9 and kept[8]["eval_reward"] == pytest.approx(stopped_reward(tmp_path), rel=1e-4)
+    process = start(tmp_path / "stopped")  # all is there
+    assert "2 runs are there, 0 to do" in process.communicate(timeout=60)[0]
+
+
+def stopped_reward(tmp_path):
+    return metrics(tmp_path / "stopped" / "work" / "grpo-0")[8]["eval_reward"]
+
+
+def test_a_run_that_fails_is_told(tmp_path):
+    process = start(tmp_path, "--iterations 0")
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 1 and "--iterations" in out + errors and not (tmp_path / "curves").exists()
+
+
+@pytest.mark.parametrize("freedom", study.T_QUANTILE)
+def test_quantiles_of_student_t(freedom):
+    """The density, integrated from 0 to the quantile, is 47.5%."""
+    x = torch.linspace(0, study.T_QUANTILE[freedom], 200001, dtype=torch.float64)
+    density = StudentT(torch.tensor(float(freedom), dtype=torch.float64)).log_prob(x).exp()
+    assert torch.trapezoid(density, x).item() == pytest.approx(0.475, abs=2e-5)
+
+
+def test_mean_and_interval():
+    mean, half = study.mean_interval([1.0, 2.0, 3.0])
+    assert mean == 2 and half == pytest.approx(4.303 / math.sqrt(3))
+
+
+def test_reward_at_a_cost_lies_between_two_evaluations(tmp_path):
+    assert study.at_budget([0, 100, 200], [0.5, 0.6, 0.8], 150) == pytest.approx(0.7)
+    with pytest.raises(ValueError, match="ended at 200"):
+        study.at_budget([0, 100, 200], [0.5, 0.6, 0.8], 201)
+
+
+def test_every_run_passes_the_budget_and_has_its_command_and_commit():
+    runs = study.read_runs()
+    assert {f"{script}-{seed}" for script in study.SCRIPTS for seed in range(5)} <= runs.keys()
+    for key, run in runs.items():
+        name, seed = key.rsplit("-", 1)
+        assert run["command"] == study.command(name, int(seed)) and run["commit"] and run["machine"]
+        cost, _ = study.curve(name, int(seed))
+        assert cost[0] == 0 and cost[-1] >= study.BUDGET
+        assert json.dumps(study.read_run(name, int(seed))[-1]) != "{}"
+
+
+def test_the_study_has_all_that_its_tables_show():
+    for names in study.FAMILIES.values():
+        assert all(len(study.seeds_of(name)) >= 3 for name in names)
+        assert set(names) <= study.LABELS.keys()
