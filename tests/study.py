@@ -339,19 +339,26 @@ def plot(folder=CURVES):
 
     grid = np.linspace(0, BUDGET, 57)
 
-    def draw(axes, name, label):
+    def draw(axes, name, label, end=None):
+        """Mean and 95% interval over the seeds: a band, or a bar at `end`, where bands would hide each other."""
         curves = [np.interp(grid, *curve(name, seed, folder)) for seed in seeds_of(name, folder)]
-        middle, half = zip(*(mean_interval(column) for column in zip(*curves)))
-        (line,) = axes.plot(grid / 1000, middle, label=f"{label} ({len(curves)})", linewidth=1.6)
-        low, high = np.subtract(middle, half), np.add(middle, half)
-        axes.fill_between(grid / 1000, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
+        middle, half = map(np.array, zip(*(mean_interval(column) for column in zip(*curves))))
+        (line,) = axes.plot(grid / 1000, middle, label=f"{label}, {len(curves)} seeds", linewidth=1.6)
+        if end is None:
+            axes.fill_between(
+                grid / 1000, middle - half, middle + half, color=line.get_color(), alpha=0.15, linewidth=0
+            )
+        else:
+            axes.errorbar(end, middle[-1], half[-1], color=line.get_color(), marker="o", markersize=3, capsize=2)
 
     figure, panels = pyplot.subplots(2, 2, figsize=(12, 9), sharex=True, sharey=True)
     titles = ("the three algorithms", "grpo.py", "gcpo.py", "tempflow_grpo.py")
     for axes, title, names in zip(panels.flat, titles, (SCRIPTS, *FAMILIES.values())):
-        for name in names:
-            label = LABELS[name].replace("`", "")
-            draw(axes, name, f"{name}.py" if names is SCRIPTS else label)
+        for n, name in enumerate(names):
+            if names is SCRIPTS:
+                draw(axes, name, f"{name}.py")
+            else:
+                draw(axes, name, LABELS[name].replace("`", ""), BUDGET / 1000 + 3 + 2.5 * n)
         axes.set_title(title)
         axes.legend(fontsize=8, loc="upper left")
         axes.grid(alpha=0.3)
@@ -366,7 +373,7 @@ def plot(folder=CURVES):
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4))
     steps = np.arange(9)
     left.plot(steps, mean_by_step("tempflow_grpo", "reward_std_by_step", folder), "o-")
-    left.set_title("spread (std) of the reward over the branches of a step")
+    left.set_title("spread (std) of the reward over the branches of a state, by step")
     right.plot(steps, mean_by_step("gcpo", "l1rel_by_step", folder), "o-", label="mean L1rel of the step")
     cuts = mean_by_step("gcpo", "chunk_cuts", folder)
     right.bar(steps[1:] - 0.5, cuts, 0.12, color="C1", label="share of trajectories with a cut there")
