@@ -1,9 +1,9 @@
-"""What is not the lesson: the sampler's formulas, a pipeline with LoRA, the command line and the run folder.
+"""What the scripts share: the sampler's formulas, a pipeline with LoRA, the command line and the run folder.
 
 The first part is pure functions that can be copied anywhere; the scripts and tests import this file, and it imports
 none of them. Notation as in the papers: sigma in [0, 1] is the noise level (1 noise, 0 image), x_sigma =
-(1 - sigma) x0 + sigma eps, velocity = eps - x0, s a noise scale, Delta = sigma - sigma_next. [FG] is Flow-GRPO
-(arXiv 2505.05470), [DG] DanceGRPO (2505.07818), [TF] TempFlow-GRPO (2508.04324).
+(1 - sigma) image + sigma noise, velocity = noise - image, s a noise scale, Delta = sigma - sigma_next. [FG] is
+Flow-GRPO (arXiv 2505.05470), [DG] DanceGRPO (2505.07818), [TF] TempFlow-GRPO (2508.04324).
 """
 
 import dataclasses
@@ -46,8 +46,8 @@ class StopRun(Exception):
 def noise_scale(sigmas, kind, level):
     """Noise scale s of every stochastic step.
 
-    sigmas: (T + 1,) from 1 down to 0. kind: "flow", s = level sqrt(sigma / (1 - sigma)) [FG] eq. 9, with sigma_1 inside
-    the root where sigma = 1; or "dance", s = level [DG]. Returns (T - 1,): the last step is an ODE step.
+    sigmas: (T + 1,) from 1 down to 0. kind: "flow", s = level sqrt(sigma / (1 - sigma)) [FG] eq. 9, where sigma = 1
+    the denominator has sigma_1 instead; or "dance", s = level [DG]. Returns (T - 1,): the last step is an ODE step.
     """
     if kind == "dance":
         return torch.full_like(sigmas[:-2], level)
@@ -121,7 +121,7 @@ def ode_sample(policy, x, text, owner, sigmas, tuned_share=1.0):
 
 
 class SD3:
-    """Stable Diffusion 3 and 3.5, and what every other family has to offer.
+    """Stable Diffusion 3 and 3.5, and what every other family must provide.
 
     Another family is a class with the same names: the LoRA targets, two_pass_guidance, encode, sigmas, latent_shape,
     predict, decode. It goes into FAMILIES, under the class name in the repository's model_index.json. What the pipeline

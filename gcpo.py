@@ -241,7 +241,7 @@ def main(args):
                             stats.add(first_log_ratio=log_ratio, first_step=mb_step)
                         # GCPO: the chunk's ratio, a geometric mean. Only this step's log-prob is live in it: the sum
                         # over steps is the whole gradient, and memory does not grow with the chunk. At ratio 1 a step
-                        # weighs 1 / (K size): in [2, 3, 4, 7] each of the first two 3.5 times each of the last seven.
+                        # weighs 1 / (J size), J chunks drawn: of [2, 3, 4, 7] the first two 3.5 times the last seven.
                         log_ratios = (new_logp - old_logp).T[mb_image].scatter(1, mb_step[:, None], log_ratio[:, None])
                         log_ratio = (log_ratios * average[mb_image, mb_step]).sum(1)
                         mb_advantage = advantage[mb_image]

@@ -156,8 +156,8 @@ def transition_logp(policy, text, owner, levels, x, x_next, step, image):
     """Log-prob of stored transitions under the policy as it is now.
 
     text, owner: as in rollout; levels: sigma, sigma_next and s, (K,) each; x (K, N, C, H, W) and x_next (K, N, B, C, H,
-    W): states before and after each transition; step, image: (M,) which. Returns logp (M, B), and the Gaussian's mean
-    (M, C, H, W) and std (M, 1, 1, 1).
+    W): states before and after each transition; step, image: (M,) which, where an image is a seed, with B branches.
+    Returns logp (M, B), and the Gaussian's mean (M, C, H, W) and std (M, 1, 1, 1).
     """
     sigma, sigma_next, scale = (level[step] for level in levels)
     velocity = policy.velocity(x[step, image], sigma, text, owner[image])

@@ -219,17 +219,24 @@ LABELS = {
     "tempflow-3x4": "3 seeds x 4 branches",
     "tempflow-early": "branches at steps 0 to 4 only",
 }
+AXES = {"velocity_evals": "velocity evaluations", "images": "images scored", "seconds": "seconds"}
 FAMILIES = {script: [name for name, (of, _) in RUNS.items() if of == script] for script in SCRIPTS}
 
 
 def read_run(name, seed, folder=CURVES):
-    return [json.loads(line) for line in (folder / f"{name}-{seed}.jsonl").read_text("utf-8").splitlines()]
+    """The lines of a run; `seconds` of rollouts, rewards and updates so far are added where they are not there."""
+    lines, total = [], 0.0
+    for text in (folder / f"{name}-{seed}.jsonl").read_text("utf-8").splitlines():
+        line = json.loads(text)
+        total += sum(line.get(f"{k}_s", 0) for k in ("rollout", "reward", "train"))
+        lines.append({"velocity_evals": 0, "images": 0, "seconds": total} | line)
+    return lines
 
 
-def curve(name, seed, folder=CURVES):
-    """Velocity evaluations and held-out reward of a run's evaluations, two lists."""
+def curve(name, seed, folder=CURVES, axis="velocity_evals"):
+    """Cost and held-out reward of a run's evaluations, two lists. axis: velocity_evals, images or seconds."""
     lines = [line for line in read_run(name, seed, folder) if "eval_reward" in line]
-    return [line.get("velocity_evals", 0) for line in lines], [line["eval_reward"] for line in lines]
+    return [line[axis] for line in lines], [line["eval_reward"] for line in lines]
 
 
 def at_budget(cost, reward, budget=BUDGET):
@@ -253,24 +260,8 @@ def mean_interval(values):
 
 
 def rewards_at(name, budget=BUDGET, axis="velocity_evals", folder=CURVES):
-    """{seed: held-out reward at a cost}, by another axis of the metrics too."""
-    found = {}
-    for seed in seeds_of(name, folder):
-        lines = [line for line in read_run(name, seed, folder) if "eval_reward" in line]
-        found[seed] = at_budget([line.get(axis, 0) for line in lines], [line["eval_reward"] for line in lines], budget)
-    return found
-
-
-def seconds(name, seed, folder=CURVES):
-    """Time of rollouts, rewards and updates up to the budget, on a straight line between two evaluations."""
-    import numpy as np
-
-    total, cost, spent = 0.0, [0], [0.0]
-    for line in read_run(name, seed, folder)[1:]:
-        total += sum(line.get(f"{k}_s", 0) for k in ("rollout", "reward", "train"))
-        cost.append(line["velocity_evals"])
-        spent.append(line.get("seconds", total))
-    return float(np.interp(BUDGET, cost, spent))
+    """{seed: held-out reward at a cost}."""
+    return {seed: at_budget(*curve(name, seed, folder, axis), budget) for seed in seeds_of(name, folder)}
 
 
 def markdown(header, rows):
@@ -281,21 +272,17 @@ def markdown(header, rows):
 def tables(folder=CURVES):
     """The README's tables of results, as they stand there: {title: markdown}."""
     plus_minus = "{:.3f} ± {:.3f}".format
-    images = min(read_run("grpo", seed, folder)[-1]["images"] for seed in seeds_of("grpo", folder))
+    # the other two ways to be fair: as many images or seconds as every run has
+    ends = {axis: [curve(s, n, folder, axis)[0][-1] for s in SCRIPTS for n in seeds_of(s, folder)] for axis in AXES}
+    budgets = {"velocity_evals": BUDGET, "images": min(ends["images"]), "seconds": int(min(ends["seconds"]))}
     rows = []
     for script in SCRIPTS:
-        lines = [read_run(script, seed, folder) for seed in seeds_of(script, folder)]
-        rows.append(
-            [
-                f"`{command(script, 0).removesuffix('--seed 0 --eval-every 5')}--seed S`",
-                plus_minus(*mean_interval(list(rewards_at(script, folder=folder).values()))),
-                plus_minus(*mean_interval(list(rewards_at(script, images, "images", folder).values()))),
-                f"{sum(run[-1]['images'] / run[-1]['velocity_evals'] for run in lines) / len(lines) * BUDGET:,.0f}",
-                f"{sum(seconds(script, seed, folder) for seed in seeds_of(script, folder)) / len(lines):.0f}",
-            ]
-        )
-    header = ["command", f"at {BUDGET:,} velocity evaluations", f"at {images:,} images scored"]
-    found = {"main": markdown([*header, f"images scored in {BUDGET:,}", "seconds in them"], rows)}
+        row = [f"`{command(script, 0).removesuffix('--seed 0 --eval-every 5')}--seed S`"]
+        for axis, budget in budgets.items():
+            row.append(plus_minus(*mean_interval(list(rewards_at(script, budget, axis, folder).values()))))
+        rows.append(row)
+    header = ["command", *(f"at {budget:,} {AXES[axis]}" for axis, budget in budgets.items())]
+    found = {"main": markdown(header, rows)}
     for script, names in FAMILIES.items():
         rows, usual = [], rewards_at(script, folder=folder)
         for name in names:
@@ -339,19 +326,26 @@ def plot(folder=CURVES):
 
     grid = np.linspace(0, BUDGET, 57)
 
-    def draw(axes, name, label):
+    def draw(axes, name, label, end=None):
+        """Mean and 95% interval over the seeds: a band, or a bar at `end`, where bands would hide each other."""
         curves = [np.interp(grid, *curve(name, seed, folder)) for seed in seeds_of(name, folder)]
-        middle, half = zip(*(mean_interval(column) for column in zip(*curves)))
-        (line,) = axes.plot(grid / 1000, middle, label=f"{label} ({len(curves)})", linewidth=1.6)
-        low, high = np.subtract(middle, half), np.add(middle, half)
-        axes.fill_between(grid / 1000, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
+        middle, half = map(np.array, zip(*(mean_interval(column) for column in zip(*curves))))
+        (line,) = axes.plot(grid / 1000, middle, label=f"{label}, {len(curves)} seeds", linewidth=1.6)
+        if end is None:
+            axes.fill_between(
+                grid / 1000, middle - half, middle + half, color=line.get_color(), alpha=0.15, linewidth=0
+            )
+        else:
+            axes.errorbar(end, middle[-1], half[-1], color=line.get_color(), marker="o", markersize=3, capsize=2)
 
     figure, panels = pyplot.subplots(2, 2, figsize=(12, 9), sharex=True, sharey=True)
     titles = ("the three algorithms", "grpo.py", "gcpo.py", "tempflow_grpo.py")
     for axes, title, names in zip(panels.flat, titles, (SCRIPTS, *FAMILIES.values())):
-        for name in names:
-            label = LABELS[name].replace("`", "")
-            draw(axes, name, f"{name}.py" if names is SCRIPTS else label)
+        for n, name in enumerate(names):
+            if names is SCRIPTS:
+                draw(axes, name, f"{name}.py")
+            else:
+                draw(axes, name, LABELS[name].replace("`", ""), BUDGET / 1000 + 3 + 2.5 * n)
         axes.set_title(title)
         axes.legend(fontsize=8, loc="upper left")
         axes.grid(alpha=0.3)
@@ -366,7 +360,7 @@ def plot(folder=CURVES):
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4))
     steps = np.arange(9)
     left.plot(steps, mean_by_step("tempflow_grpo", "reward_std_by_step", folder), "o-")
-    left.set_title("spread (std) of the reward over the branches of a step")
+    left.set_title("spread (std) of the reward over the branches of a state, by step")
     right.plot(steps, mean_by_step("gcpo", "l1rel_by_step", folder), "o-", label="mean L1rel of the step")
     cuts = mean_by_step("gcpo", "chunk_cuts", folder)
     right.bar(steps[1:] - 0.5, cuts, 0.12, color="C1", label="share of trajectories with a cut there")

@@ -100,3 +100,20 @@ def test_the_study_has_all_that_its_tables_show():
     for names in study.FAMILIES.values():
         assert all(len(study.seeds_of(name)) >= 3 for name in names)
         assert set(names) <= study.LABELS.keys()
+
+
+def test_rewards_at_a_cost_from_files(tmp_path):
+    """Two seeds, written by hand: at 30 evaluations, 6 images or 3 seconds, the reward is as worked out beside."""
+    for seed, (middle, end) in enumerate([(0.6, 0.8), (0.5, 0.9)]):
+        lines = [
+            {"iteration": 0, "eval_reward": 0.5, "eval_s": 9.0},
+            {"iteration": 1, "velocity_evals": 10, "images": 2, "rollout_s": 0.5, "reward_s": 0.25, "train_s": 0.25},
+            {"iteration": 2, "velocity_evals": 20, "images": 4, "rollout_s": 1.0, "eval_reward": middle, "eval_s": 9.0},
+            {"iteration": 3, "velocity_evals": 40, "images": 8, "train_s": 2.0, "eval_reward": end, "eval_s": 9.0},
+        ]
+        (tmp_path / f"grpo-{seed}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "runs.json").write_text(json.dumps({"grpo-0": {}, "grpo-1": {}}))
+    for axis, cost in (("velocity_evals", 30), ("images", 6), ("seconds", 3.0)):  # half way from middle to end
+        assert study.rewards_at("grpo", cost, axis, tmp_path) == {0: pytest.approx(0.7), 1: pytest.approx(0.7)}
+    assert study.rewards_at("grpo", 20, folder=tmp_path) == {0: 0.6, 1: 0.5}
+    assert study.curve("grpo", 0, tmp_path, "seconds")[0] == [0.0, 2.0, 4.0]
