@@ -583,8 +583,9 @@ def parse_args(args_class, defaults, argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser(args_class, allow_abbrev=False, formatter_class=Help)
     for action in parser._actions:
-        if action.dest in defaults["tiny"]:
-            values = ", ".join(f"{settings[action.dest]} for {model}" for model, settings in defaults.items())
+        known = {model: settings[action.dest] for model, settings in defaults.items() if action.dest in settings}
+        if known:
+            values = ", ".join(f"{value} for {model}" for model, value in known.items())
             action.help = action.help.replace("by model", values)
     try:
         args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
@@ -750,18 +751,18 @@ def prepare_rewards(args, get_reward):
 
 
 def print_plan(args, count, sigmas, s, weight=None, branches=0):
-    """One line of batch arithmetic, and a table of the steps. weight: {step: weight of its loss}, default 1 for all."""
+    """One line of batch arithmetic, and a table of the steps. weight: {step: weight of its loss}, if they have one."""
     branching = f" with {branches} branches a step" if branches else ""
     print(
         f"{args.iterations} iterations of {args.prompts_per_iteration} prompts x "
         f"{count // args.prompts_per_iteration} = {count} trajectories{branching}; {args.updates_per_iteration} "
         f"updates of {count // args.updates_per_iteration} trajectories; {args.micro_batch} latents at a time"
     )
-    print("step   sigma   Delta       s     std  weight")
+    print("step   sigma   Delta       s     std" + ("  weight" if weight else ""))
     for n, scale in enumerate(s):
         delta = sigmas[n] - sigmas[n + 1]
-        w = 1.0 if weight is None else weight.get(n, 0.0)
-        print(f"{n:4d}  {sigmas[n]:6.4f}  {delta:6.4f}  {scale:6.4f}  {scale * delta.sqrt():6.4f}  {w:6.4f}")
+        row = f"{n:4d}  {sigmas[n]:6.4f}  {delta:6.4f}  {scale:6.4f}  {scale * delta.sqrt():6.4f}"
+        print(row + (f"  {weight.get(n, 0.0):6.4f}" if weight else ""))
     print(f"{len(s):4d}  {sigmas[-2]:6.4f}  {sigmas[-2]:6.4f}     ODE step, not trained", flush=True)
 
 
@@ -919,6 +920,7 @@ class Run:
         elif path.exists():  # since the command line was checked
             raise StopRun(f"--output {self.folder} is in the way; give a new folder")
         write_atomically(path, json.dumps(config, indent=1).encode())
+        print(f"run folder {self.folder}", flush=True)
         self.handlers = {n: signal.signal(n, self.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
         if self.args.wandb:
             import wandb
@@ -944,6 +946,8 @@ class Run:
         if self.iteration == 0:
             self.log({"iteration": 0})
         first, last = self.iteration + 1, self.args.iterations
+        if first > last:
+            print(f"all {last} iterations are done; raise --iterations to go on")
         for iteration in self.progress("iterations", leave=True, initial=first - 1, total=last)(range(first, last + 1)):
             if self.signal:
                 raise StopRun(f"stopped; go on with --resume {self.folder}", exit_status=128 + self.signal)

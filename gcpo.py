@@ -67,7 +67,7 @@ class Args:
     gradient_checkpointing: bool = HfArg(default=False, help="less memory in training, a third more time")
     compile: bool = HfArg(default=False, help="torch.compile the transformer's blocks")
     # evaluation and saving
-    eval_prompts: str | None = HfArg(default=None, help="text file; default: held-out ones for tiny, else --prompts")
+    eval_prompts: str | None = HfArg(default=None, help="text file; default: --prompts, held-out ones for tiny's own")
     eval_every: int | None = HfArg(default=None, help="iterations between evaluations; default: by model")
     eval_steps: int | None = HfArg(default=None, help="ODE steps of an evaluation; default: by model")
     eval_seeds: int | None = HfArg(default=None, help="images a prompt in an evaluation; default: by model")

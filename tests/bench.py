@@ -504,7 +504,12 @@ def bench_tempflow(args):
 
 def bench_curves(args):
     """The three algorithms and their ablations over seeds on the tiny model, at equal cost; stop and go on at will."""
+    unknown = [name for name in args.only if not any(job[0].startswith(name) for job in study.jobs_of(args.seeds))]
+    if unknown or args.seeds < 1 or args.jobs < 1:
+        sys.exit(f"error: --only {' '.join(unknown)}: no such run" if unknown else "error: give 1 or more")
     if args.plot:
+        if not study.read_runs():
+            sys.exit("error: tests/curves has no runs yet; run python tests/bench.py curves")
         study.report()
         study.plot()
         return 0

@@ -60,6 +60,13 @@ def stopped_reward(tmp_path):
     return metrics(tmp_path / "stopped" / "work" / "grpo-0")[8]["eval_reward"]
 
 
+@pytest.mark.parametrize("options", ["--only nonsense", "--seeds 0", "--jobs 0"])
+def test_what_cannot_be_run_is_one_line(options):
+    line = [sys.executable, "tests/bench.py", "curves", *options.split()]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+
+
 def test_a_run_that_fails_is_told(tmp_path):
     process = start(tmp_path, "--iterations 0")
     out, errors = process.communicate(timeout=120)
