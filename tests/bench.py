@@ -504,8 +504,9 @@ def bench_tempflow(args):
 
 def bench_curves(args):
     """The three algorithms and their ablations over seeds on the tiny model, at equal cost; stop and go on at will."""
-    unknown = [name for name in args.only if not any(job[0].startswith(name) for job in study.jobs_of(args.seeds))]
-    if unknown or args.seeds < 1 or args.jobs < 1:
+    every = study.jobs_of(args.seeds, args.ablation_seeds)
+    unknown = [name for name in args.only if not any(job[0].startswith(name) for job in every)]
+    if unknown or min(args.seeds, args.ablation_seeds, args.jobs) < 1:
         sys.exit(f"error: --only {' '.join(unknown)}: no such run" if unknown else "error: give 1 or more")
     if args.plot:
         if not study.read_runs():
@@ -513,7 +514,7 @@ def bench_curves(args):
         study.report()
         study.plot()
         return 0
-    jobs = [job for job in study.jobs_of(args.seeds) if not args.only or any(job[0].startswith(o) for o in args.only)]
+    jobs = [job for job in every if not args.only or any(job[0].startswith(o) for o in args.only)]
     return study.run_study(jobs, args.jobs)
 
 
@@ -545,7 +546,8 @@ def main():
 
     command = commands.add_parser("curves", help=bench_curves.__doc__)
     command.set_defaults(function=bench_curves)
-    command.add_argument("--seeds", type=int, default=5, help="of each variant; tuning has its own two")
+    command.add_argument("--seeds", type=int, default=5, help="of each script; tuning has its own two")
+    command.add_argument("--ablation-seeds", type=int, default=3, help="of each ablation")
     command.add_argument("--only", nargs="*", default=[], help="runs whose names begin so: tuning, grpo, gcpo-fixed")
     command.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
 

@@ -67,14 +67,14 @@ def command(name, seed):
     return f"python {script}.py {options} --seed {seed} --eval-every 5"
 
 
-def jobs_of(seeds):
+def jobs_of(seeds, ablation_seeds):
     """(name, seed) of every run, the most wanted first: tuning, the three scripts, then the ablations seed by seed."""
     jobs = [(name, 10) for name in TUNING]
     jobs += [
         (tuning_name(script, *TUNED[n]), 11) for k in range(3) for script in SCRIPTS for n in [FINALISTS[script][k]]
     ]
     jobs += [(script, seed) for seed in range(seeds) for script in SCRIPTS]
-    return jobs + [(name, seed) for seed in range(seeds) for name in RUNS if name not in SCRIPTS]
+    return jobs + [(name, seed) for seed in range(ablation_seeds) for name in RUNS if name not in SCRIPTS]
 
 
 def machine():
