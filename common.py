@@ -3,7 +3,8 @@
 The first part is pure functions that can be copied anywhere; the scripts and tests import this file, and it imports
 none of them. Notation as in the papers: sigma in [0, 1] is the noise level (1 noise, 0 image), x_sigma =
 (1 - sigma) image + sigma noise, velocity = noise - image, s a noise scale, Delta = sigma - sigma_next. [FG] is
-Flow-GRPO (arXiv 2505.05470), [DG] DanceGRPO (2505.07818), [TF] TempFlow-GRPO (2508.04324).
+Flow-GRPO (arXiv 2505.05470), [DG] DanceGRPO (2505.07818), [GC] GCPO (2510.21583), [TF]
+TempFlow-GRPO (2508.04324).
 """
 
 import dataclasses
@@ -33,7 +34,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class StopRun(Exception):
-    """A clear end: one line for the user and an exit status (2: bad input, 1: the run cannot go on)."""
+    """A clear end: one line for the user and an exit status.
+
+    2: bad input; 1: the run cannot go on; 128 + its number: a signal.
+    """
 
     def __init__(self, message, exit_status=2):
         super().__init__(message)
@@ -78,9 +82,9 @@ def sde_mean_std(x, velocity, sigma, sigma_next, s):
 
 
 def log_prob(x, mean, std, batch_dims=1):
-    """Log-density of x under a Gaussian, AVERAGED over the latent's dimensions: (B, ...) -> (B,), float32.
+    """Log-density of x under a Gaussian, AVERAGED over the latent's dimensions: (B, ...) -> (B,), float32 or wider.
 
-    mean and std broadcast against x, whose first batch_dims dimensions are kept.
+    mean and std (a tensor, over 0) broadcast against x, whose first batch_dims dimensions are kept.
 
     The sum is the true log-probability of the step. Every published implementation takes the mean instead, which makes
     ratios independent of the resolution, and is the reason why clip ranges are 1e-5 to 1e-3 and not 0.2.
@@ -106,7 +110,8 @@ def group_advantage(rewards, std="group", clip=5.0):
 def ode_sample(policy, x, text, owner, sigmas, tuned_share=1.0):
     """Deterministic Euler sampling from x (B, ...) at sigmas[0], as at inference; text and owner as in velocity.
 
-    tuned_share < 1 is hybrid inference: the adapter is on for that first share of the steps only.
+    sigmas: (T + 1,) or some consecutive ones of them. tuned_share < 1 is hybrid inference [GC]: the adapter is on for
+    that first share of the steps only. It is on when this returns.
     """
     for step in range(len(sigmas) - 1):
         if step == math.ceil(tuned_share * (len(sigmas) - 1)):
@@ -123,9 +128,9 @@ def ode_sample(policy, x, text, owner, sigmas, tuned_share=1.0):
 class SD3:
     """Stable Diffusion 3 and 3.5, and what every other family must provide.
 
-    Another family is a class with the same names: the LoRA targets, two_pass_guidance, encode, sigmas, latent_shape,
-    predict, decode. It goes into FAMILIES, under the class name in the repository's model_index.json. What the pipeline
-    can do itself, it does: so plain inference gives the same pictures.
+    Another family is a class with the same names: targets (of LoRA), max_sequence_length, two_pass_guidance, encode,
+    sigmas, latent_shape, predict, decode. It goes into FAMILIES, under the class name in the repository's
+    model_index.json. What the pipeline can do itself, it does: so plain inference gives the same pictures.
     """
 
     # [FG]: the projections of both streams' attention
@@ -298,7 +303,7 @@ FAMILIES = {
 
 
 def find_family(model):
-    """Which defaults a model takes ("tiny", "sd3", ...), and its pipeline class; StopRun if it is none of ours."""
+    """Which defaults a model takes ("tiny", "sd3", ...), and its pipeline's class name. StopRun: it is none of ours."""
     folder = str(TINY) if model == "tiny" else model
     index = Path(folder, "model_index.json") if Path(folder).exists() else fetch_index(model)
     try:
@@ -346,6 +351,7 @@ def trajectory_device(device, numbers):
 def score(policy, reward, latents, prompts, at_once=64):
     """Decode and score: reward(policy.decode(latents), prompts), but never with many more than at_once pictures.
 
+    Returns scores (N,) and {name: scores (N,)} of the parts, for N latents.
     TempFlow-GRPO's 10,000 branches an iteration would be 32 GB of pictures at 512 px.
     """
     size = -(-at_once // policy.micro_batch) * policy.micro_batch
@@ -457,7 +463,8 @@ class Policy:
         x: latents; sigma: a number or (B,); text: from encode; owner: (B,) which row of text each latent belongs to.
         The batch is filled up to micro_batch rows with copies of its last, which are dropped again: matrix products
         round differently for different shapes, and with one shape for all of them the log-probs of rollout and training
-        agree to the last bit. Counts velocity evaluations: one a latent, two with guidance; a backward counts twice.
+        agree to the last bit. Counts velocity evaluations: one a latent, three where a backward follows;
+        twice as many where guidance takes two passes.
         """
         count, store, device = len(x), x.device, self.device
         row = torch.arange(max(count, self.micro_batch), device=device).clamp(max=count - 1)
@@ -689,7 +696,11 @@ def check_ranges(args):
 
 
 def settle_batch(args, count, group, branches=1, usual=8):
-    """The batch arithmetic: count trajectories an iteration must divide into the updates. Returns count."""
+    """The batch arithmetic: count trajectories an iteration, which must divide into the updates. Returns count.
+
+    group: how many are compared with each other, warned of under `usual`. branches: of each trajectory. Lowers
+    args.micro_batch to all of them.
+    """
     if count % args.updates_per_iteration:
         raise StopRun(
             f"{args.prompts_per_iteration} prompts x {count // args.prompts_per_iteration} = {count} trajectories do "
@@ -722,7 +733,10 @@ def parse_chunks(args):
 
 
 def parse_branch_steps(args):
-    """--branch-steps of tempflow_grpo.py: the steps where branches may be, and how many of them an iteration takes."""
+    """--branch-steps of tempflow_grpo.py: the steps where branches may be, and how many of them an iteration takes.
+
+    "3" is three steps drawn in each iteration, "3," is step 3.
+    """
     every = list(range(args.steps - 1))
     if args.branch_steps == "all":
         return every, len(every)
@@ -741,7 +755,7 @@ def parse_branch_steps(args):
 
 
 def prepare_rewards(args, get_reward):
-    """The reward and the held-out one (or None), which have seen that they can read every prompt."""
+    """args.reward and args.eval_reward (or None), after checking that both can read every prompt."""
     options = args.device, args.reward_offload
     rewards = [get_reward(spec, *options) if spec else None for spec in (args.reward, args.eval_reward)]
     for reward in rewards:
@@ -811,19 +825,19 @@ def self_test(args, policy, text):
     text: of some prompts, the first is used. Raises StopRun where the model cannot run or train like this. Leaves no
     gradient, no count and no random state behind.
     """
-    evals, owner = policy.velocity_evals, torch.zeros(2, dtype=torch.long)
+    evals, owner = policy.velocity_evals, torch.zeros(1, dtype=torch.long)
     noise = [policy.noise(1, generator(args.seed, "self-test", n)) for n in range(3)]
     sigmas = policy.sigmas(args.steps)
     s = noise_scale(sigmas, args.sde, args.noise_level)
-    step = torch.tensor([0, len(s) - 1], device=policy.device)  # the noisiest transition, and the least noisy one
+    step = torch.tensor([0, len(s) - 1], device=policy.device)  # the first transition and the last
     level = sigmas[step], sigmas[step + 1], s[step]
     try:
         with torch.no_grad():
             size = tuple(policy.decode(noise[0]).shape[-2:])
-            x, x_next, old_logp, off_ode = [noise[0]], [], [], 0.0
+            x, x_next, old_logp, logp, off_ode = [noise[0]], [], [], [], 0.0
             for n in range(2):
                 sigma, sigma_next, scale = (values[n] for values in level)
-                velocity = policy.velocity_in_micro_batches(x[n], sigma, text, owner[:1])
+                velocity = policy.velocity_in_micro_batches(x[n], sigma, text, owner)
                 mean, std = sde_mean_std(x[n], velocity, sigma, sigma_next, scale)
                 x_next.append(mean + std * noise[n + 1])
                 old_logp.append(log_prob(x_next[n], mean, std))
@@ -831,17 +845,18 @@ def self_test(args, policy, text):
                 ode = ode_sample(policy, x[n], text, owner[:1], torch.stack([sigma, sigma_next]))
                 off_ode = max(off_ode, (still - ode).abs().max().item())
                 x.append(x_next[n])
-        velocity = policy.velocity(torch.cat(x[:2]), level[0], text, owner)
-        mean, std = sde_mean_std(torch.cat(x[:2]), velocity, *level)
-        logp = log_prob(torch.cat(x_next), mean, std)
-        logp.sum().backward()
+        for n in range(2):  # one at a time, as little as training needs
+            velocity = policy.velocity(x[n], level[0][n], text, owner)
+            mean, std = sde_mean_std(x[n], velocity, *(values[n] for values in level))
+            logp.append(log_prob(x_next[n], mean, std))
+            logp[n].sum().backward()
     except (ValueError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise StopRun(f"the model cannot run with these settings ({' '.join(str(error).split())[:200]}); change them")
     if size != (args.resolution, args.resolution):
-        raise StopRun(f"--resolution {args.resolution} gives pictures of {size[0]} x {size[1]}; choose a multiple")
-    off_ratio = ((logp.detach() - torch.cat(old_logp)).exp() - 1).abs().max().item()
+        raise StopRun(f"--resolution {args.resolution} gives pictures of {size[0]} x {size[1]}; give that")
+    off_ratio = ((torch.cat(logp).detach() - torch.cat(old_logp)).exp() - 1).abs().max().item()
     parts = [policy.transformer, policy.pipe.vae, *policy.encoders()]
     named = [pair for part in parts for pair in part.named_parameters()]
     stray = [name for name, p in named if (p.requires_grad or p.grad is not None) and "lora_" not in name]
@@ -872,8 +887,8 @@ class Run:
     """A run and its folder: config.json, metrics.jsonl, samples/, lora/, checkpoint.pt. Use it in a `with` statement.
 
     reward, eval_reward: (images, prompts) -> (scores, {name: scores}); eval_reward may be None. It evaluates, logs and
-    saves; keeps time and peak memory of the phases; and ends cleanly at a signal or an error, with what was trained
-    saved.
+    saves; keeps time and peak memory of the phases; and ends cleanly at a signal or an error. What is saved then is the
+    last complete iteration; amid updates, the last checkpoint stands.
     """
 
     def __init__(self, args, policy, optimizer, reward, eval_reward):
@@ -986,7 +1001,7 @@ class Run:
     def update(self):
         """One optimizer step with the gradients that are there: their norm before clipping.
 
-        Where it is not finite (so it is where the loss is not), the step is skipped and counted instead.
+        Where it is not finite, and a loss that is not gives such a norm, the step is skipped and counted instead.
         """
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters, self.args.max_grad_norm).item()
         if math.isfinite(norm):
@@ -1068,7 +1083,7 @@ class Run:
     def step_metrics(self, branch_at, rewards, gradient, weight):
         """tempflow_grpo.py's credit by step, also as samples/steps.png.
 
-        rewards: (K, N, B). reward_std_by_step: std over the branches of a seed, averaged [TF] figure 2. gradient,
+        rewards: (K, N, B). reward_std_by_step: std over the branches of a state, averaged [TF] figure 2. gradient,
         weight: (K,) size of d logp / d velocity, and the steps' weights; logged without and with them, with mean 1.
         """
         spread, pull = rewards.std(2, correction=0).mean(1), gradient * weight
@@ -1194,7 +1209,7 @@ class Stats:
             self.values.setdefault(name, []).append(value.detach().flatten())
 
     def metrics(self, clip_range):
-        """Metrics of an iteration. Needs log_ratio and advantage, first_log_ratio and first_step, loss, grad_norm.
+        """Metrics of an iteration. Needs log_ratio and advantage, first_log_ratio and first_step; averages all others.
 
         clip_low: share of ratios under 1 - clip_range with a negative advantage; clip_high: over 1 + clip_range with a
         positive one. Those are the transitions whose gradient the clip cuts off. approx_kl: E[ratio - 1 - log ratio].

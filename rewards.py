@@ -36,7 +36,7 @@ from PIL import Image
 
 
 class RewardError(Exception):
-    """A reward that is unknown or cannot read a prompt (exit_status 2), or that fails in a run (1)."""
+    """A reward that is unknown, cannot be loaded or cannot read a prompt (exit_status 2), or fails in a run (1)."""
 
     def __init__(self, message, exit_status=2):
         super().__init__(message)
@@ -99,7 +99,8 @@ def parse_scene(prompt):
     raise ValueError(
         f"the reward shapes cannot read the prompt {prompt[:200]!r}; write 'a red circle', 'three blue squares', "
         f"'a red circle and a blue square' or 'a red circle left of a blue square', with the colours "
-        f"{', '.join(COLOURS)}, the shapes {', '.join(SHAPES)}, numbers up to four, and and, {', '.join(RELATIONS)}"
+        f"{', '.join(COLOURS)}, the shapes {', '.join(SHAPES)}, numbers up to four, joined by 'and' or by "
+        f"{', '.join(RELATIONS)}"
     )
 
 
@@ -185,7 +186,7 @@ def score_scene(found, objects, relation):
     Each object asked for is paired with at most one found, for the best sum. A pair earns its quality where colour and
     shape are right, 0.3 of it where only one is; the sum is divided by the larger of the two counts, so that objects
     too many cost as much as objects too few. A wrong or missing relation halves the score. The score is squared, so
-    that near misses earn something and much less than a hit.
+    that near misses earn something and much less than a hit. More than eight objects score 0.
     """
 
     def credit(want, have):
@@ -443,7 +444,7 @@ def load_hpsv3(source, device):
 
 @torch.no_grad()
 def hpsv3(images, prompts, model=None, batch=8, device=None):
-    """HPSv3 (arXiv 2508.03789), a reward of Qwen2-VL 7B, about 0 to 15: the mean of its two outputs, mean and sigma.
+    """HPSv3 (arXiv 2508.03789), a reward of Qwen2-VL 7B, about 0 to 15: the first of its two outputs, mean and sigma.
 
     Through the package hpsv3, which wants a transformers of its own (4.45). model: checkpoint file.
     """
@@ -762,7 +763,8 @@ def geneval(images, prompts, model=DETECTOR, clip=CLIP, size=800, max_overlap=1.
     Prompts are of GenEval's six templates (parse_geneval). Objects by Mask2Former with Swin-S, trained on COCO, of
     transformers (GenEval's is the same network, trained by mmdet); colours by CLIP L/14. model, clip: repositories or
     folders. size: pixels of the shorter side for the detector, 800 as mmdet has it, where transformers' repository says
-    384. verdict: judge, or judge_graded.
+    384. max_overlap: of two boxes of one class, over which the less sure is dropped. verdict: judge, or judge_graded.
+    Raises ValueError for another prompt.
     """
     detector, processor = load_once(load_detector, model, device)
     sides = {"shortest_edge": size, "longest_edge": size * 1333 // 800}
@@ -1001,8 +1003,8 @@ class Reward:
 def get_reward(spec, device=None, offload=False):
     """A Reward from its name, or from a weighted sum such as "pickscore=0.7,ocr=0.3".
 
-    A part is NAME, NAME:MODEL, NAME:MODEL?key=value&key=value or FILE.py:FUNCTION, and may end with =WEIGHT; values are
-    URL-encoded (%2C for a comma). Says what is wrong with names, files, folders and packages; loads no model.
+    A part is NAME, NAME:MODEL, NAME:MODEL?key=value&key=value or FILE.py:FUNCTION?key=value, and may end with =WEIGHT;
+    values are URL-encoded (%2C for a comma). Tells what is wrong with names, files, folders, packages; loads no model.
     """
     functions, weights = {}, {}
     for part in spec.split(","):

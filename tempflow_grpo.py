@@ -49,7 +49,7 @@ class Args:
     sde: Literal["flow", "dance"] = HfArg(default="flow", help="noise scale of the steps: Flow-GRPO's or DanceGRPO's")
     # update
     learning_rate: float | None = HfArg(default=None, help="of AdamW; default: by model")
-    clip_range: float | None = HfArg(default=None, help="eps of the ratio's clip; default: by model")
+    clip_range: float | None = HfArg(default=None, help="c, the ratio is clipped to 1 +- c; default: by model")
     adv_clip: float = HfArg(default=5.0, help="largest advantage")
     adv_std: Literal["group", "batch"] = HfArg(default="group", help="what the advantage is divided by")
     kl_coef: float = HfArg(default=0.0, help="beta, weight of the KL to the base model; 0 saves its forward passes")

@@ -307,9 +307,10 @@ def measure(args, policy, text, flops, rate, autocast=nullcontext):
 
 
 def script_evals(model):
-    """{script: (velocity evaluations of a rollout, of training, images)} of one iteration, by DEFAULTS [spec of each].
+    """{script: (velocity evaluations of a rollout, of training, images)} of one iteration, by DEFAULTS.
 
-    GCPO trains chunk_fraction of the transitions; updates after the first take one more forward for the chunks' ratio.
+    GCPO is taken to train chunk_fraction of the transitions; updates after the first take one more forward for the
+    chunks' ratio.
     """
     passes = 1 if model == "flux" else 2  # guidance
     d, chunk_fraction = grpo.DEFAULTS[model], gcpo.Args.chunk_fraction
@@ -357,7 +358,7 @@ def bench_branches(args, policy, text, branches=6):
 
 
 def bench_chunk(args, policy, text):
-    """A chunk of CHUNK transitions of one image: a micro-batch at a time, or in one graph as in [GC]'s code."""
+    """A chunk of CHUNK transitions of one image: one at a time, or in one graph as in GCPO's released code."""
     sigmas, owner = policy.sigmas(CHUNK + 1), torch.zeros(1, dtype=torch.long, device=policy.store)
     s, generator = common.noise_scale(sigmas, "flow", 0.7), torch.Generator().manual_seed(0)
     x = torch.stack([policy.noise(1, generator) for _ in range(CHUNK + 1)])
@@ -507,7 +508,11 @@ def bench_curves(args):
     every = study.jobs_of(args.seeds, args.ablation_seeds)
     unknown = [name for name in args.only if not any(job[0].startswith(name) for job in every)]
     if unknown or min(args.seeds, args.ablation_seeds, args.jobs) < 1:
-        sys.exit(f"error: --only {' '.join(unknown)}: no such run" if unknown else "error: give 1 or more")
+        sys.exit(
+            f"error: --only {' '.join(unknown)}: no such run"
+            if unknown
+            else "error: --seeds, --ablation-seeds and --jobs are 1 or more"
+        )
     if args.plot:
         if not study.read_runs():
             sys.exit("error: tests/curves has no runs yet; run python tests/bench.py curves")

@@ -4,7 +4,8 @@
     python tests/bench.py curves --plot      # tables and figures of the README, from tests/curves/ alone
 
 A run is a script's command line, as RUNS has it, and a seed. Runs in progress are in runs/curves/; a finished one
-leaves its metrics.jsonl in tests/curves/, and a line with command, commit and machine in tests/curves/runs.json.
+leaves tests/curves/NAME-SEED.jsonl, its metrics with five digits (of ablations and tuning the evaluated iterations
+only), and a line with command, commit and machine in tests/curves/runs.json.
 """
 
 import json
@@ -45,7 +46,7 @@ RUNS |= {
     "tempflow-early": ("tempflow_grpo", "--iterations 80 --branch-steps 0,1,2,3,4"),
 }
 # The same budget of tuning for each algorithm: five settings of learning rate and clip range with one seed, then the
-# first and the two best with another. The seeds are not the study's own, so tuning does not favour what is reported.
+# first and the two best with another. The training seeds are not the study's; prompts and noise of the evaluation are.
 TUNED = [(1e-3, 1e-3), (5e-4, 1e-3), (2e-3, 1e-3), (1e-3, 3e-4), (1e-3, 3e-3)]
 FINALISTS = {"grpo": (0, 2, 3), "gcpo": (0, 2, 3), "tempflow_grpo": (0, 2, 4)}
 
@@ -254,7 +255,7 @@ def seeds_of(name, folder=CURVES):
 
 
 def mean_interval(values):
-    """Mean and half width of its 95% interval, by Student's t, of a few seeds' values."""
+    """Mean and half width of its 95% interval, by Student's t, of the values of two to ten seeds."""
     values = torch.tensor(values, dtype=torch.float64)
     return values.mean().item(), T_QUANTILE[len(values) - 1] * values.std().item() / len(values) ** 0.5
 
