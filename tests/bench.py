@@ -552,7 +552,7 @@ def main():
     command = commands.add_parser("curves", help=bench_curves.__doc__)
     command.set_defaults(function=bench_curves)
     command.add_argument("--seeds", type=int, default=5, help="of each script; tuning has its own two")
-    command.add_argument("--ablation-seeds", type=int, default=3, help="of each ablation")
+    command.add_argument("--ablation-seeds", type=int, default=4, help="of each ablation")
     command.add_argument("--only", nargs="*", default=[], help="runs whose names begin so: tuning, grpo, gcpo-fixed")
     command.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
 

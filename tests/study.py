@@ -221,6 +221,9 @@ LABELS = {
     "tempflow-early": "branches at steps 0 to 4 only",
 }
 AXES = {"velocity_evals": "velocity evaluations", "images": "images scored", "seconds": "seconds"}
+HEALTH = (
+    "reward_std zero_std_groups ratio_first_error ratio_min ratio_max clip_low clip_high approx_kl grad_norm".split()
+)
 FAMILIES = {script: [name for name, (of, _) in RUNS.items() if of == script] for script in SCRIPTS}
 
 
@@ -308,7 +311,15 @@ def tables(folder=CURVES):
             row.append(f"{sum(rewards) / len(rewards):.3f} ({', '.join(f'{reward:.3f}' for reward in rewards)})")
         rows.append(row)
     found["tuning"] = markdown(["learning rate", "clip range", *(f"`{script}.py`" for script in SCRIPTS)], rows)
+    rows = [[f"`{key}`", *(lowest_mean_highest(script, key, folder) for script in SCRIPTS)] for key in HEALTH]
+    found["healthy"] = markdown(["mean (smallest to largest)", *(f"`{script}.py`" for script in SCRIPTS)], rows)
     return found
+
+
+def lowest_mean_highest(name, key, folder=CURVES):
+    """Of a metric over all iterations and seeds, as text."""
+    values = [line[key] for seed in seeds_of(name, folder) for line in read_run(name, seed, folder)[1:]]
+    return f"{sum(values) / len(values):.3g} ({min(values):.3g} to {max(values):.3g})"
 
 
 def mean_by_step(name, key, folder=CURVES):
