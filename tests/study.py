@@ -221,6 +221,10 @@ LABELS = {
     "tempflow-early": "branches at steps 0 to 4 only",
 }
 AXES = {"velocity_evals": "velocity evaluations", "images": "images scored", "seconds": "seconds"}
+BY_STEP = {
+    "gcpo": ("l1rel_by_step", "chunk_cuts", "l1rel_prompt_share"),
+    "tempflow_grpo": ("reward_std_by_step", "gradient_by_step", "gradient_by_step_weighted"),
+}
 HEALTH = (
     "reward_std zero_std_groups ratio_first_error ratio_min ratio_max clip_low clip_high approx_kl grad_norm".split()
 )
@@ -319,7 +323,9 @@ def tables(folder=CURVES):
 def lowest_mean_highest(name, key, folder=CURVES):
     """Of a metric over all iterations and seeds, as text."""
     values = [line[key] for seed in seeds_of(name, folder) for line in read_run(name, seed, folder)[1:]]
-    return f"{sum(values) / len(values):.3g} ({min(values):.3g} to {max(values):.3g})"
+    digits = ".4f" if key in ("ratio_min", "ratio_max") else ".2g"
+    mean, low, high = (format(value, digits) for value in (sum(values) / len(values), min(values), max(values)))
+    return f"{mean} ({low} to {high})"
 
 
 def mean_by_step(name, key, folder=CURVES):
@@ -389,6 +395,10 @@ def plot(folder=CURVES):
 
 
 def report(folder=CURVES):
-    """Print the README's tables of results."""
+    """Print the README's tables of results, and what its second figure shows."""
     for title, table in tables(folder).items():
         print(f"\n{title}\n\n{table}")
+    print("\nby step, mean of the first ten iterations of all seeds\n")
+    for script, keys in BY_STEP.items():
+        for key in keys:
+            print(f"{script}.py {key}: {', '.join(f'{value:.3f}' for value in mean_by_step(script, key, folder))}")
