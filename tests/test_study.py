@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 
 import pytest
 import torch
+from PIL import Image, ImageStat
 from torch.distributions import StudentT
 
 import study
@@ -124,3 +126,11 @@ def test_rewards_at_a_cost_from_files(tmp_path):
         assert study.rewards_at("grpo", cost, axis, tmp_path) == {0: pytest.approx(0.7), 1: pytest.approx(0.7)}
     assert study.rewards_at("grpo", 20, folder=tmp_path) == {0: 0.6, 1: 0.5}
     assert study.curve("grpo", 0, tmp_path, "seconds")[0] == [0.0, 2.0, 4.0]
+
+
+def test_figures_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    shutil.copytree(study.CURVES, tmp_path / "curves", ignore=shutil.ignore_patterns("*.png"))
+    study.plot(tmp_path / "curves")
+    for name in ("curves.png", "steps.png"):
+        assert ImageStat.Stat(Image.open(tmp_path / "curves" / name).convert("L")).stddev[0] > 10
