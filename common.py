@@ -664,7 +664,7 @@ def resumed_args(args, given):
     if not all(isinstance(config.get(name), dict) for name in ("prompts_sha256", "versions")):
         raise StopRun(f"--resume {args.resume} has a config.json of another version of {script}.py; start a new run")
     for name, digest in prompts_hashes(args).items():
-        if digest != config.get("prompts_sha256", {}).get(name):
+        if digest != config["prompts_sha256"].get(name):
             raise StopRun(
                 f"{option(name)} {getattr(args, name)} has changed since {args.resume} began; restore it or start a new"
                 " run"
@@ -829,25 +829,23 @@ def self_test(args, policy, text):
     noise = [policy.noise(1, generator(args.seed, "self-test", n)) for n in range(3)]
     sigmas = policy.sigmas(args.steps)
     s = noise_scale(sigmas, args.sde, args.noise_level)
-    step = torch.tensor([0, len(s) - 1], device=policy.device)  # the first transition and the last
-    level = sigmas[step], sigmas[step + 1], s[step]
+    levels = [(sigmas[step], sigmas[step + 1], s[step]) for step in (0, len(s) - 1)]  # the first transition, the last
     try:
         with torch.no_grad():
             size = tuple(policy.decode(noise[0]).shape[-2:])
             x, x_next, old_logp, logp, off_ode = [noise[0]], [], [], [], 0.0
-            for n in range(2):
-                sigma, sigma_next, scale = (values[n] for values in level)
+            for n, (sigma, sigma_next, scale) in enumerate(levels):
                 velocity = policy.velocity_in_micro_batches(x[n], sigma, text, owner)
                 mean, std = sde_mean_std(x[n], velocity, sigma, sigma_next, scale)
                 x_next.append(mean + std * noise[n + 1])
                 old_logp.append(log_prob(x_next[n], mean, std))
                 still, _ = sde_mean_std(x[n], velocity, sigma, sigma_next, 0.0)
-                ode = ode_sample(policy, x[n], text, owner[:1], torch.stack([sigma, sigma_next]))
+                ode = ode_sample(policy, x[n], text, owner, torch.stack([sigma, sigma_next]))
                 off_ode = max(off_ode, (still - ode).abs().max().item())
                 x.append(x_next[n])
-        for n in range(2):  # one at a time, as little as training needs
-            velocity = policy.velocity(x[n], level[0][n], text, owner)
-            mean, std = sde_mean_std(x[n], velocity, *(values[n] for values in level))
+        for n, level in enumerate(levels):  # one at a time, as little as training needs
+            velocity = policy.velocity(x[n], level[0], text, owner)
+            mean, std = sde_mean_std(x[n], velocity, *level)
             logp.append(log_prob(x_next[n], mean, std))
             logp[n].sum().backward()
     except (ValueError, RuntimeError) as error:
@@ -940,7 +938,7 @@ class Run:
         if self.args.wandb:
             import wandb
 
-            wandb.init(project=self.args.wandb, name=self.folder.name, config=run_config(self.args))
+            wandb.init(project=self.args.wandb, name=self.folder.name, config=config)
         return self
 
     def __exit__(self, *error):
@@ -1260,15 +1258,15 @@ def finite(value):
 
 def picture_grid(images, captions, path, size=144, columns=8):
     """Save images (B, 3, H, W) in [0, 1] as a grid, each with its caption below it."""
+    from diffusers.image_processor import VaeImageProcessor
     from PIL import Image, ImageDraw
 
-    rows = -(-len(images) // columns)
+    rows, pictures = -(-len(images) // columns), VaeImageProcessor.pt_to_numpy(images.clamp(0, 1))
     sheet = Image.new("RGB", (columns * (size + 8), rows * (size + 44)), (235, 235, 235))
-    for n, (image, caption) in enumerate(zip(images, captions)):
-        array = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    for n, (picture, caption) in enumerate(zip(VaeImageProcessor.numpy_to_pil(pictures), captions)):
         x, y = n % columns * (size + 8) + 4, n // columns * (size + 44) + 4
-        filter = Image.Resampling.NEAREST if image.shape[-1] < size else Image.Resampling.LANCZOS
-        sheet.paste(Image.fromarray(array).resize((size, size), filter), (x, y))
+        filter = Image.Resampling.NEAREST if picture.width < size else Image.Resampling.LANCZOS
+        sheet.paste(picture.resize((size, size), filter), (x, y))
         ImageDraw.Draw(sheet).text((x, y + size + 2), "\n".join(textwrap.wrap(caption, 24)[:3]), "black")
     write_picture(sheet, path)
 

@@ -152,8 +152,9 @@ def adaptive_chunks(l1rel, longest, order=1):
     """
     if len(l1rel) <= longest:
         return [len(l1rel)]
-    signs = [sign for sign in torch.diff(l1rel, order).sign().tolist() if sign][:1] * order
-    for sign in torch.diff(l1rel, order).sign().tolist() if signs else []:
+    differences = torch.diff(l1rel, order).sign().tolist()
+    signs = [next(filter(None, differences), 0.0)] * order
+    for sign in differences:
         signs.append(sign or signs[-1])
     cuts = [i for i in range(1, len(signs)) if signs[i] != signs[i - 1]] or [len(l1rel) // 2]
     return sum((adaptive_chunks(piece, longest, order + 1) for piece in l1rel.tensor_split(cuts)), [])

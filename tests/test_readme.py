@@ -59,8 +59,6 @@ def test_commands_with_the_scripts(command, tmp_path, monkeypatch, serve):
     server = serve(lambda request: (200, f"Score: {next(scores)}"))
     options = [option.replace("http://127.0.0.1:8000/v1", server.url) for option in options]
     quick = [*small(script), "--iterations", "1"]
-    if "--chunks" in options or "--branch-steps" in options:
-        quick += ["--steps", "10"]
     if "--resume" in options:
         folder = options[options.index("--resume") + 1]
         assert here(script, *quick, "--output", folder).returncode == 0

@@ -150,3 +150,26 @@ def test_held_out_prompts_share_no_scene_with_training():
         assert len(set(prompts)) == len(prompts)
         scenes.append({tuple(sorted(parse_scene(prompt)[0])) for prompt in prompts})
     assert not scenes[0] & scenes[1]
+
+
+def test_self_test_where_trajectories_are_kept_off_the_device(monkeypatch):
+    """The network on one device, latents and schedule on the CPU, as with a large batch on CUDA; here it is "meta"."""
+    args = common.parse_args(grpo.Args, grpo.DEFAULTS, ["--steps", "5", "--micro-batch", "2"])
+    policy = common.Policy(args)
+    text = policy.encode(["a red circle"])
+
+    def on_the_cpu(method):
+        def call(*inputs):
+            monkeypatch.setattr(policy, "device", torch.device("cpu"))
+            try:
+                return method(*inputs)
+            finally:
+                monkeypatch.setattr(policy, "device", torch.device("meta"))
+
+        return call
+
+    for name in ("velocity", "decode"):
+        monkeypatch.setattr(policy, name, on_the_cpu(getattr(policy, name)))
+    monkeypatch.setattr(policy, "device", torch.device("meta"))
+    common.self_test(args, policy, text)
+    assert policy.velocity_evals == 0 and all(p.grad is None for p in policy.parameters)
