@@ -8,6 +8,7 @@ import os
 import random
 import resource
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -397,7 +398,10 @@ def test_the_self_test_finds_faults(monkeypatch, tmp_path, capsys):
 
 @slow
 def test_a_long_run_needs_no_more_memory_or_files(tmp_path):
-    """300 iterations, with evaluations and saves: resident memory after the first 50 within 5%, files the same."""
+    """300 iterations, with evaluations and saves: resident memory after the first 50 within 5%, files the same.
+
+    Medians of the first and the last third are compared: what a look meets in the middle of a save is chance.
+    """
     smallest = "--prompts-per-iteration 1 --group-size 2 --updates-per-iteration 1 --steps 2 --eval-steps 1"
     smallest += " --eval-seeds 1 --eval-every 25 --save-every 10 --micro-batch 2 --lora-rank 1 --iterations 300"
     command = [sys.executable, str(ROOT / "grpo.py"), *smallest.split(), "--output", str(tmp_path / "run")]
@@ -414,9 +418,9 @@ def test_a_long_run_needs_no_more_memory_or_files(tmp_path):
         time.sleep(0.1)
     assert process.wait() == 0 and len(metrics(tmp_path / "run")) == 301
     print(f"memory {min(memory):.0f} to {max(memory):.0f} MB, files {min(files)} to {max(files)}")
-    assert len(memory) > 10 and max(memory) < 1.05 * memory[0]
-    tenth = len(files) // 10
-    assert max(files[-tenth:]) <= max(files[:tenth]) + 1  # a save has one open
+    third = len(files) // 3
+    assert third > 10 and statistics.median(memory[-third:]) < 1.05 * statistics.median(memory[:third])
+    assert statistics.median(files[-third:]) <= statistics.median(files[:third])  # a save has some open, for a moment
 
 
 def test_metrics_are_strict_json():
