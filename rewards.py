@@ -1052,6 +1052,9 @@ def find_function(name, spec, device):
             options[key] = type(defaults[key])(value) if isinstance(defaults[key], int | float) else value
         except ValueError:
             raise RewardError(f"{key} of the reward {name} must be a number like {defaults[key]}, not {value!r}")
+    question = options.get("question", "") if kind == "vlm" else ""
+    if question.startswith("@") and not os.access(question[1:], os.R_OK):
+        raise RewardError(f"the reward {name} cannot read its question from {question[1:]}; check the path")
     if "device" in defaults:
         options["device"] = device
     return partial(function, **options) if options else function

@@ -505,13 +505,11 @@ def bench_tempflow(args):
 
 def bench_curves(args):
     """The three algorithms and their ablations over seeds on the tiny model, at equal cost; stop and go on at will."""
-    every = study.jobs_of(args.seeds, args.ablation_seeds)
+    every = study.jobs_of(args.seeds)
     unknown = [name for name in args.only if not any(job[0].startswith(name) for job in every)]
-    if unknown or min(args.seeds, args.ablation_seeds, args.jobs) < 1:
+    if unknown or min(args.seeds, args.jobs) < 1:
         sys.exit(
-            f"error: --only {' '.join(unknown)}: no such run"
-            if unknown
-            else "error: --seeds, --ablation-seeds and --jobs are 1 or more"
+            f"error: --only {' '.join(unknown)}: no such run" if unknown else "error: --seeds and --jobs are 1 or more"
         )
     if args.plot:
         if not study.read_runs():
@@ -551,11 +549,9 @@ def main():
 
     command = commands.add_parser("curves", help=bench_curves.__doc__)
     command.set_defaults(function=bench_curves)
-    command.add_argument("--seeds", type=int, default=5, help="of each script; tuning has its own two")
-    command.add_argument("--ablation-seeds", type=int, default=4, help="of each ablation")
+    command.add_argument("--seeds", type=int, default=5, help="of each script and ablation; tuning has its own")
     command.add_argument("--only", nargs="*", default=[], help="runs whose names begin so: tuning, grpo, gcpo-fixed")
     command.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
-
     command.add_argument("--plot", action="store_true", help="tables and figures from tests/curves; needs matplotlib")
 
     args = parser.parse_args()

