@@ -62,7 +62,7 @@ def stopped_reward(tmp_path):
     return metrics(tmp_path / "stopped" / "work" / "grpo-0")[8]["eval_reward"]
 
 
-@pytest.mark.parametrize("options", ["--only nonsense", "--seeds 0", "--jobs 0"])
+@pytest.mark.parametrize("options", ["--only nonsense", "--seeds 0", "--jobs 0", "--plot --seeds 9"])
 def test_what_cannot_be_run_is_one_line(options):
     line = [sys.executable, "tests/bench.py", "curves", *options.split()]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
