@@ -11,6 +11,7 @@ only), and a line with command, commit and machine in tests/curves/runs.json.
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -269,6 +270,15 @@ def rewards_at(name, budget=BUDGET, axis="velocity_evals", folder=CURVES):
     return {seed: at_budget(*curve(name, seed, folder, axis), budget) for seed in seeds_of(name, folder)}
 
 
+def others(folder=CURVES):
+    """{variant: held-out rewards of its seeds at BUDGET} of the runs in others.json, NAME-SEED or NAME-SEED-lrRATE."""
+    found = {}
+    for key, run in json.loads((folder / "others.json").read_text("utf-8")).items():
+        _, cost, reward = zip(*run["evaluations"])
+        found.setdefault(re.sub(r"(?<!e)-\d(?=-lr|$)", "", key), []).append(at_budget(cost, reward))
+    return found
+
+
 def markdown(header, rows):
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -399,3 +409,7 @@ def report(folder=CURVES):
     for script, keys in BY_STEP.items():
         for key in keys:
             print(f"{script}.py {key}: {', '.join(f'{value:.3f}' for value in mean_by_step(script, key, folder))}")
+    print(f"\nothers.json, earlier settings and exercises, at {BUDGET:,} velocity evaluations\n")
+    for name, rewards in others(folder).items():
+        spread = f" ± {mean_interval(rewards)[1]:.3f}" if len(rewards) > 1 else ""
+        print(f"{name}: {sum(rewards) / len(rewards):.3f}{spread} ({', '.join(f'{r:.3f}' for r in rewards)})")
