@@ -1053,8 +1053,8 @@ def find_function(name, spec, device):
         except ValueError:
             raise RewardError(f"{key} of the reward {name} must be a number like {defaults[key]}, not {value!r}")
     question = options.get("question", "") if kind == "vlm" else ""
-    if question.startswith("@") and not os.access(question[1:], os.R_OK):
-        raise RewardError(f"the reward {name} cannot read its question from {question[1:]}; check the path")
+    if question.startswith("@") and not Path(question[1:]).is_file():
+        raise RewardError(f"there is no file {question[1:]} with the question of the reward {name}")
     if "device" in defaults:
         options["device"] = device
     return partial(function, **options) if options else function

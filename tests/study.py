@@ -271,7 +271,10 @@ def rewards_at(name, budget=BUDGET, axis="velocity_evals", folder=CURVES):
 
 
 def others(folder=CURVES):
-    """{variant: held-out rewards of its seeds at BUDGET} of the runs in others.json, NAME-SEED or NAME-SEED-lrRATE."""
+    """{variant: held-out rewards of its seeds at BUDGET} of the runs in others.json, NAME-SEED or NAME-SEED-lrRATE.
+
+    Their evaluations are kept as [iteration, velocity evaluations, held-out reward].
+    """
     found = {}
     for key, run in json.loads((folder / "others.json").read_text("utf-8")).items():
         _, cost, reward = zip(*run["evaluations"])
@@ -284,32 +287,37 @@ def markdown(header, rows):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def against(rewards, usual):
+    """Mean difference of the seeds that both have, with its 95% interval, as text."""
+    return "{:+.3f} ± {:.3f}".format(*mean_interval([rewards[seed] - usual[seed] for seed in rewards if seed in usual]))
+
+
 def tables(folder=CURVES):
     """The README's tables of results, as they stand there: {title: markdown}."""
     plus_minus = "{:.3f} ± {:.3f}".format
     # the other two ways to be fair: as many images or seconds as every run has
     ends = {axis: [curve(s, n, folder, axis)[0][-1] for s in SCRIPTS for n in seeds_of(s, folder)] for axis in AXES}
     budgets = {"velocity_evals": BUDGET, "images": min(ends["images"]), "seconds": int(min(ends["seconds"]))}
-    rows = []
+    rows, first = [], rewards_at("grpo", folder=folder)
     for script in SCRIPTS:
         row = [f"`{command(script, 0).removesuffix('--seed 0 --eval-every 5')}--seed S`"]
         for axis, budget in budgets.items():
             row.append(plus_minus(*mean_interval(list(rewards_at(script, budget, axis, folder).values()))))
+        row.insert(2, against(rewards_at(script, folder=folder), first) if script != "grpo" else "")
         rows.append(row)
     header = ["command", *(f"at {budget:,} {AXES[axis]}" for axis, budget in budgets.items())]
+    header.insert(2, "against `grpo.py`, same seeds")
     found = {"main": markdown(header, rows)}
     for script, names in FAMILIES.items():
         rows, usual = [], rewards_at(script, folder=folder)
         for name in names:
             rewards = rewards_at(name, folder=folder)
-            both = [rewards[seed] - usual[seed] for seed in rewards if seed in usual]
-            change = "" if name == script else "{:+.3f} ± {:.3f}".format(*mean_interval(both))
             options = RUNS[name][1].split(maxsplit=2)[2:]
             rows.append(
                 [
                     LABELS[name] + (f" (`{options[0]}`)" if options else ""),
                     plus_minus(*mean_interval(list(rewards.values()))),
-                    change,
+                    against(rewards, usual) if name != script else "",
                     str(len(rewards)),
                 ]
             )
@@ -405,6 +413,11 @@ def report(folder=CURVES):
     """Print the README's tables of results, and what its second figure shows."""
     for title, table in tables(folder).items():
         print(f"\n{title}\n\n{table}")
+    print(f"\nimages scored at {BUDGET:,} velocity evaluations\n")
+    for name in RUNS:
+        costs = [[curve(name, seed, folder, axis)[0] for axis in AXES] for seed in seeds_of(name, folder)]
+        images = [at_budget(evals, scored) for evals, scored, _ in costs]
+        print(f"{name}: {sum(images) / len(images):,.0f}")
     print("\nby step, mean of the first ten iterations of all seeds\n")
     for script, keys in BY_STEP.items():
         for key in keys:

@@ -147,7 +147,7 @@ def test_where_a_name_ends_and_its_weight_begins(part, name, weight):
         ("clipscore?batch=many", "must be a number"),
         ("vlm", "vlm:http"),
         ("vlm:localhost", "vlm:http"),
-        ("vlm:http://h/v1?question=@no_file.txt", "cannot read its question from no_file.txt"),
+        ("vlm:http://h/v1?question=@no_file.txt", "no file no_file.txt with the question"),
         ("clipscore:/no/such/folder", "no folder /no/such/folder"),
         ("no_file.py:f", "no file no_file.py"),
         ("file.py", "my_file.py:my_function"),
