@@ -1,12 +1,13 @@
-"""What the scripts share: the sampler's formulas, a pipeline with LoRA, the command line and the run folder.
+"""What the scripts share: the sampler, the model families, the policy, the run, the command line, in this order.
 
-The first part is pure functions that can be copied anywhere; the scripts and tests import this file, and it imports
-none of them. Notation as in the papers: sigma in [0, 1] is the noise level (1 noise, 0 image), x_sigma =
-(1 - sigma) image + sigma noise, velocity = noise - image, s a noise scale, Delta = sigma - sigma_next. [FG] is
-Flow-GRPO (arXiv 2505.05470), [DG] DanceGRPO (2505.07818), [GC] GCPO (2510.21583), [TF]
-TempFlow-GRPO (2508.04324).
+Who reads the algorithms can stop after the policy. The scripts import this file, and it imports none of them; the
+sampler's functions can be copied anywhere. Notation as in the papers: sigma in [0, 1] is the noise level (1 noise, 0
+image), x_sigma = (1 - sigma) image + sigma noise, velocity = noise - image, s a noise scale, Delta = sigma -
+sigma_next. [FG] is Flow-GRPO (arXiv 2505.05470), [DG] DanceGRPO (2505.07818), [CPS] Flow-CPS (2509.05952), [GC] GCPO
+(2510.21583), [TF] TempFlow-GRPO (2508.04324).
 """
 
+import atexit
 import dataclasses
 import fcntl
 import hashlib
@@ -15,48 +16,61 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
-from argparse import ArgumentDefaultsHelpFormatter
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
+from typing import get_args
 
-import torch
-from tqdm import tqdm
-from transformers.hf_argparser import HfArgumentParser
 
+def no_traceback(kind, error, traceback):
+    """Ctrl-C where nobody has caught it, in the seconds that the imports take for instance: one line, status 130."""
+    if kind is KeyboardInterrupt:
+        print("stopped", file=sys.stderr, flush=True)
+        os._exit(130)
+    sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = no_traceback
+
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+MAX_EVAL_PROMPTS = 64
 TINY = Path(__file__).resolve().parent / "tests" / "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class StopRun(Exception):
-    """A clear end: one line for the user and an exit status.
-
-    2: bad input; 1: the run cannot go on; 128 + its number: a signal.
-    """
+    """A clear end: one line for the user and an exit status. 2: bad input; 1: the run cannot go on; 128 + a signal."""
 
     def __init__(self, message, exit_status=2):
         super().__init__(message)
         self.exit_status = exit_status
 
 
-# ---------------------------------------------------------------- the sampler
+# ---------------------------------------------------------------- the sampler, advantages, metrics of the ratio
 
 
-def noise_scale(sigmas, kind, level):
-    """Noise scale s of every stochastic step.
+def noise_scale(sigmas, sde, noise_level):
+    """Noise scale s of every step that can be random; its noise has std s sqrt(Delta).
 
-    sigmas: (T + 1,) from 1 down to 0. kind: "flow", s = level sqrt(sigma / (1 - sigma)) [FG] eq. 9, where sigma = 1
-    the denominator has sigma_1 instead; or "dance", s = level [DG]. Returns (T - 1,): the last step is an ODE step.
+    sigmas: (T + 1,) from 1 down to 0. sde: "flow", s = a sqrt(sigma / (1 - sigma)) [FG] eq. 9, where sigma = 1 the
+    denominator has sigma_1, or it would be 0; "dance", s = eta [DG]; or "cps", std = sigma_next sin(eta pi / 2) [CPS].
+    noise_level: a or eta. Returns (T - 1,): the last step is an ODE step.
     """
-    if kind == "dance":
-        return torch.full_like(sigmas[:-2], level)
+    if sde == "dance":
+        return torch.full_like(sigmas[:-2], noise_level)
+    if sde == "cps":
+        return sigmas[1:-1] * math.sin(noise_level * math.pi / 2) / (sigmas[:-2] - sigmas[1:-1]).sqrt()
     inner = torch.where(sigmas == 1, sigmas[1], sigmas)
-    return level * (sigmas / (1 - inner)).sqrt()[:-2]
+    return noise_level * (sigmas / (1 - inner)).sqrt()[:-2]
 
 
 def wide(x):
@@ -64,46 +78,46 @@ def wide(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def sde_mean_std(x, velocity, sigma, sigma_next, s):
-    """Mean and standard deviation of one SDE step with the ODE's marginals, for any noise scale s >= 0 [FG] eq. 9.
+def sde_drift_std(sigma, sigma_next, s, sde="flow"):
+    """How much of the predicted noise a step takes out beyond the ODE's step, and the std of the noise that it puts in.
+
+    sigma, sigma_next, s: tensors that broadcast. "flow" and "dance" keep the ODE's marginals where steps are small
+    [FG]; "cps" keeps the noise of the next state at exactly sigma_next for steps of any size [CPS].
+    """
+    delta = sigma - sigma_next
+    std = s * delta.sqrt()
+    if sde == "cps":
+        return sigma_next - (sigma_next**2 - std**2).clamp(min=0).sqrt(), std
+    return s**2 * delta / (2 * sigma), std
+
+
+def sde_mean_std(x, velocity, sigma, sigma_next, s, sde="flow"):
+    """Mean and standard deviation of one SDE step, for any noise scale s >= 0 [FG] eq. 9, [CPS].
 
     x, velocity: (B, ...) latents and velocity at sigma; sigma, sigma_next, s: numbers or (B,) tensors. Returns mean
     like x and std as (B or 1, 1, ...), float32 or wider. With s = 0 the mean is the ODE's Euler step, exactly.
+    A new sampler is another drift and std: the mean has the predicted image times 1 - sigma_next in it, whatever they
+    are, since x + velocity (1 - sigma) is the predicted noise.
     """
     x, velocity = wide(x), wide(velocity)
     sigma, sigma_next, s = (
         torch.as_tensor(value, dtype=x.dtype, device=x.device).view(-1, *[1] * (x.dim() - 1))
         for value in (sigma, sigma_next, s)
     )
-    delta = sigma - sigma_next
-    drift = s**2 * delta / (2 * sigma)
-    mean = (x - velocity * delta) - drift * (x + velocity * (1 - sigma))
-    return mean, s * delta.sqrt()
+    drift, std = sde_drift_std(sigma, sigma_next, s, sde)
+    mean = (x - velocity * (sigma - sigma_next)) - drift * (x + velocity * (1 - sigma))
+    return mean, std
 
 
 def log_prob(x, mean, std, batch_dims=1):
     """Log-density of x under a Gaussian, AVERAGED over the latent's dimensions: (B, ...) -> (B,), float32 or wider.
 
-    mean and std (a tensor, over 0) broadcast against x, whose first batch_dims dimensions are kept.
-
-    The sum is the true log-probability of the step. Every published implementation takes the mean instead, which makes
-    ratios independent of the resolution, and is the reason why clip ranges are 1e-5 to 1e-3 and not 0.2.
+    mean and std (a tensor, over 0) broadcast against x, whose first batch_dims dimensions are kept. The sum is the true
+    log-probability of the step. Every published implementation takes the mean instead: ratios then do not depend on the
+    resolution, and differ from 1 by as much less (65,536 dimensions at 512 px), so clip ranges are 1e-5 to 1e-3.
     """
     logp = -((wide(x) - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
     return logp.flatten(batch_dims).mean(-1)
-
-
-def group_advantage(rewards, std="group", clip=5.0):
-    """A = (r - mean of the group) / (std + 1e-4), clipped to +-clip.
-
-    rewards: (..., G), a group in the last dimension. std: "group" [DG], or "batch" [FG], that of all rewards; both are
-    the population's (divided by the count). Returns advantages like rewards, and the share of groups without spread:
-    those have advantage 0 and teach nothing.
-    """
-    spread = rewards.std(-1, keepdim=True, correction=0)
-    centred = rewards - rewards.mean(-1, keepdim=True)
-    scale = spread if std == "group" else rewards.std(correction=0)
-    return (centred / (scale + 1e-4)).clamp(-clip, clip), (spread < 1e-6).float().mean().item()
 
 
 @torch.no_grad()
@@ -122,14 +136,78 @@ def ode_sample(policy, x, text, owner, sigmas, tuned_share=1.0):
     return x
 
 
-# ---------------------------------------------------------------- the policy: a diffusers pipeline with a LoRA adapter
+def group_advantage(rewards, std="group", clip=5.0):
+    """A = (r - mean of the group) / (std + 1e-4), clipped to +-clip.
+
+    rewards: (..., G), a group in the last dimension. std: "group" [DG], or "batch" [FG], that of all rewards; both are
+    the population's (divided by the count). Returns advantages like rewards, and the share of groups without spread:
+    those have advantage 0 and teach nothing.
+    """
+    spread = rewards.std(-1, keepdim=True, correction=0)
+    centred = rewards - rewards.mean(-1, keepdim=True)
+    scale = spread if std == "group" else gather(rewards).std(correction=0)
+    return (centred / (scale + 1e-4)).clamp(-clip, clip), (spread < 1e-6).float().mean().item()
+
+
+def generator(seed, purpose, number):
+    """A random generator that depends on just these three: so a resumed run draws what it would have drawn."""
+    digest = hashlib.sha256(f"{seed} {purpose} {number}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def iteration_prompts(prompts, count, iteration, seed):
+    """The prompts of an iteration (1, 2, ...): the file in a new random order each time it has been gone through."""
+    places = [divmod(position, len(prompts)) for position in range((iteration - 1) * count, iteration * count)]
+    epochs = {epoch for epoch, _ in places}
+    order = {n: torch.randperm(len(prompts), generator=generator(seed, "prompts", n)) for n in epochs}
+    return [prompts[order[epoch][index]] for epoch, index in places]
+
+
+def iteration_steps(steps, count, iteration, seed):
+    """`count` of the `steps` in rising order: those that are random and trained in an iteration; all, if so many."""
+    chosen = torch.randperm(len(steps), generator=generator(seed, "sde-steps", iteration))[:count]
+    return [steps[n] for n in sorted(chosen.tolist())]
+
+
+class Stats:
+    """Collects tensors over the updates of an iteration, without waiting for the device; averages them at the end."""
+
+    def __init__(self):
+        self.values = {}
+
+    def add(self, **values):
+        for name, value in values.items():
+            self.values.setdefault(name, []).append(value.detach().flatten())
+
+    def metrics(self, clip_range):
+        """Metrics of an iteration. Needs log_ratio and advantage, first_log_ratio and first_step; averages all others.
+
+        clip_low: share of ratios under 1 - clip_range with a negative advantage; clip_high: over 1 + clip_range with a
+        positive one. Those are the transitions whose gradient the clip cuts off. approx_kl: E[ratio - 1 - log ratio].
+        """
+        value = {name: torch.cat(everywhere(torch.cat(parts).float().cpu())) for name, parts in self.values.items()}
+        log_ratio, advantage, step = value.pop("log_ratio"), value.pop("advantage"), value.pop("first_step").long()
+        ratio, first_error = log_ratio.exp(), (value.pop("first_log_ratio").exp() - 1).abs().view(len(step), -1)
+        return {
+            "ratio_mean": ratio.mean().item(),
+            "ratio_min": ratio.min().item(),
+            "ratio_max": ratio.max().item(),
+            "ratio_first_error": first_error.max().item(),
+            "ratio_first_error_by_step": [first_error[step == n].max().item() for n in step.unique()],
+            "clip_low": ((ratio < 1 - clip_range) & (advantage < 0)).float().mean().item(),
+            "clip_high": ((ratio > 1 + clip_range) & (advantage > 0)).float().mean().item(),
+            "approx_kl": (ratio - 1 - log_ratio).mean().item(),
+            **{name: values.mean().item() for name, values in value.items()},
+        }
+
+
+# ---------------------------------------------------------------- the model families
 
 
 class SD3:
     """Stable Diffusion 3 and 3.5, and what every other family must provide.
 
-    Another family is a class with the same names: targets (of LoRA), max_sequence_length, two_pass_guidance, encode,
-    sigmas, latent_shape, predict, decode. It goes into FAMILIES, under the class name in the repository's
+    Another family is a class with the same names, in FAMILIES under the class name in the repository's
     model_index.json. What the pipeline can do itself, it does: so plain inference gives the same pictures.
     """
 
@@ -137,6 +215,7 @@ class SD3:
     targets = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
     max_sequence_length = 256  # T5 tokens: the pipeline's default
     two_pass_guidance = True  # False: the transformer takes guidance as an input, or none
+    max_shift, even_sigmas = 1.16, False  # the pipeline's default; whether it shifts evenly spaced noise levels
 
     def __init__(self, pipe):
         self.pipe, self.ids = pipe, None
@@ -144,9 +223,13 @@ class SD3:
     @staticmethod
     def latent_shape(vae, transformer, resolution):
         """(C, H, W) from the two configs, before any weight is loaded; StopRun where the model cannot do it."""
-        scale, patch = 2 ** (len(vae["block_out_channels"]) - 1), transformer["patch_size"]
-        check_resolution(resolution, scale * patch, transformer["pos_embed_max_size"] * scale * patch)
-        return transformer["in_channels"], resolution // scale, resolution // scale
+        scale = 2 ** (len(vae["block_out_channels"]) - 1)  # pixels a latent; two latents a side are one token
+        most = transformer.get("pos_embed_max_size", math.inf) * 2 * scale
+        if resolution % (2 * scale) or resolution > most:
+            raise StopRun(
+                f"--resolution {resolution} does not fit the model; give a multiple of {2 * scale}, {most} at most"
+            )
+        return vae["latent_channels"], resolution // scale, resolution // scale
 
     def encode(self, prompts):
         """Text of B prompts: a list of tensors (B, ...), as the pipeline makes them."""
@@ -155,13 +238,20 @@ class SD3:
         )
         return [embeds, pooled]
 
+    def shift(self, tokens, steps):
+        """How far the schedule is shifted towards noise, by the number of the image's tokens."""
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        get = self.pipe.scheduler.config.get
+        lengths = get("base_image_seq_len", 256), get("max_image_seq_len", 4096)
+        return calculate_shift(tokens, *lengths, get("base_shift", 0.5), get("max_shift", self.max_shift))
+
     def sigmas(self, steps, resolution):
         """(steps + 1,) noise levels of the pipeline's scheduler, from 1 to 0."""
-        from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
-
-        scheduler, tokens = self.pipe.scheduler, resolution // (self.pipe.vae_scale_factor * self.pipe.patch_size)
-        mu = calculate_shift(tokens**2, **shift_settings(scheduler, max_shift=1.16))
-        scheduler.set_timesteps(steps, mu=mu if scheduler.config.use_dynamic_shifting else None)
+        scheduler, get = self.pipe.scheduler, self.pipe.scheduler.config.get
+        mu = self.shift((resolution // (2 * self.pipe.vae_scale_factor)) ** 2, steps)
+        even = [1 - n / steps for n in range(steps)] if self.even_sigmas and not get("use_flow_sigmas") else None
+        scheduler.set_timesteps(steps, sigmas=even, mu=mu if get("use_dynamic_shifting") else None)
         return scheduler.sigmas
 
     def predict(self, x, sigma, text, guidance):
@@ -183,43 +273,29 @@ class Flux(SD3):
     targets = SD3.targets + "ff.net.0.proj ff.net.2 ff_context.net.0.proj ff_context.net.2".split()
     max_sequence_length = 512
     two_pass_guidance = False
-
-    @staticmethod
-    def latent_shape(vae, transformer, resolution):
-        scale = 2 ** (len(vae["block_out_channels"]) - 1)
-        check_resolution(resolution, 2 * scale)
-        return transformer["in_channels"] // 4, resolution // scale, resolution // scale
+    max_shift, even_sigmas = 1.15, True
 
     def encode(self, prompts):
         embeds, pooled, _ = self.pipe.encode_prompt(prompts, None, max_sequence_length=self.max_sequence_length)
         return [embeds, pooled]
 
-    def sigmas(self, steps, resolution):
-        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-
-        scheduler, tokens = self.pipe.scheduler, (resolution // (2 * self.pipe.vae_scale_factor)) ** 2
-        return shifted_sigmas(scheduler, steps, calculate_shift(tokens, **shift_settings(scheduler, max_shift=1.15)))
-
     def predict(self, x, sigma, text, guidance):
         pipe, (embeds, pooled), (B, C, H, W) = self.pipe, text, x.shape
         if self.ids is None:  # made once: they are the same for every latent and step
             image_ids = pipe._prepare_latent_image_ids(B, H // 2, W // 2, x.device, x.dtype)
-            self.ids = x.new_zeros(embeds.shape[1], 3), image_ids
+            self.ids = {"txt_ids": x.new_zeros(embeds.shape[1], 3), "img_ids": image_ids}
+        embedded = pipe.transformer.config.guidance_embeds
         velocity = pipe.transformer(
             hidden_states=pipe._pack_latents(x, B, C, H, W),
             timestep=(sigma * 1000).to(x.dtype) / 1000,  # rounded as the pipeline does
-            guidance=x.new_full((B,), guidance, dtype=torch.float32)
-            if pipe.transformer.config.guidance_embeds
-            else None,
+            guidance=x.new_full((B,), guidance, dtype=torch.float32) if embedded else None,
             pooled_projections=pooled,
             encoder_hidden_states=embeds,
-            txt_ids=self.ids[0],
-            img_ids=self.ids[1],
             return_dict=False,
+            **self.ids,
         )[0]
-        return pipe._unpack_latents(
-            velocity, H * pipe.vae_scale_factor, W * pipe.vae_scale_factor, pipe.vae_scale_factor
-        )
+        scale = pipe.vae_scale_factor
+        return pipe._unpack_latents(velocity, H * scale, W * scale, scale)
 
 
 class Flux2Klein(SD3):
@@ -231,6 +307,7 @@ class Flux2Klein(SD3):
         r"|single_transformer_blocks\.\d+\.attn\.to_out"
     )
     max_sequence_length = 512
+    even_sigmas = True
 
     def __init__(self, pipe):
         super().__init__(pipe)
@@ -238,31 +315,28 @@ class Flux2Klein(SD3):
 
     @staticmethod
     def latent_shape(vae, transformer, resolution):
-        scale = 2 ** (len(vae["block_out_channels"]) - 1)
-        check_resolution(resolution, 2 * scale)
-        return transformer["in_channels"], resolution // (2 * scale), resolution // (2 * scale)
+        channels, height, width = SD3.latent_shape(vae, transformer, resolution)
+        return 4 * channels, height // 2, width // 2
 
     def encode(self, prompts):
         return [self.pipe.encode_prompt(prompts, max_sequence_length=self.max_sequence_length)[0]]
 
-    def sigmas(self, steps, resolution):
+    def shift(self, tokens, steps):
         from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
-        tokens = (resolution // (2 * self.pipe.vae_scale_factor)) ** 2
-        return shifted_sigmas(self.pipe.scheduler, steps, compute_empirical_mu(tokens, steps))
+        return compute_empirical_mu(tokens, steps)
 
     def predict(self, x, sigma, text, guidance):
         pipe, (embeds,) = self.pipe, text
         if self.ids is None:  # of one latent, as the transformer looks at the first alone
-            text_ids, image_ids = pipe._prepare_text_ids(embeds[:1]), pipe._prepare_latent_ids(x[:1])
-            self.ids = text_ids.to(x.device), image_ids.to(x.device)
+            ids = {"txt_ids": pipe._prepare_text_ids(embeds[:1]), "img_ids": pipe._prepare_latent_ids(x[:1])}
+            self.ids = {name: rows.to(x.device) for name, rows in ids.items()}
         velocity = pipe.transformer(
             hidden_states=pipe._pack_latents(x),
             timestep=(sigma * 1000).to(x.dtype) / 1000,
             encoder_hidden_states=embeds,
-            txt_ids=self.ids[0],
-            img_ids=self.ids[1],
             return_dict=False,
+            **self.ids,
         )[0]
         return velocity.transpose(1, 2).reshape(x.shape)
 
@@ -274,28 +348,7 @@ class Flux2Klein(SD3):
         return self.pipe.image_processor.postprocess(image, output_type="pt")
 
 
-def check_resolution(resolution, multiple, most=None):
-    if resolution % multiple:
-        raise StopRun(f"--resolution {resolution} does not fit this model; give a multiple of {multiple}")
-    if most and resolution > most:
-        raise StopRun(f"--resolution {resolution} is more than this model's position table has; {most} is the most")
-
-
-def shift_settings(scheduler, max_shift):
-    """The scheduler's settings for calculate_shift, with the pipelines' defaults."""
-    names = {"base_seq_len": "base_image_seq_len", "max_seq_len": "max_image_seq_len"}
-    usual = {"base_seq_len": 256, "max_seq_len": 4096, "base_shift": 0.5, "max_shift": max_shift}
-    return {name: scheduler.config.get(names.get(name, name), value) for name, value in usual.items()}
-
-
-def shifted_sigmas(scheduler, steps, mu):
-    """(steps + 1,) noise levels, as FLUX's pipelines make them: evenly spaced ones, shifted by the scheduler."""
-    even = None if scheduler.config.get("use_flow_sigmas") else [1 - n / steps for n in range(steps)]
-    scheduler.set_timesteps(steps, sigmas=even, mu=mu)
-    return scheduler.sigmas
-
-
-FAMILIES = {
+FAMILIES = {  # the pipeline's class: the name of its settings in DEFAULTS, and what it can do
     "StableDiffusion3Pipeline": ("sd3", SD3),
     "FluxPipeline": ("flux", Flux),
     "Flux2KleinPipeline": ("flux2", Flux2Klein),
@@ -303,65 +356,41 @@ FAMILIES = {
 
 
 def find_family(model):
-    """Which defaults a model takes ("tiny", "sd3", ...), and its pipeline's class name. StopRun: it is none of ours."""
-    folder = str(TINY) if model == "tiny" else model
-    index = Path(folder, "model_index.json") if Path(folder).exists() else fetch_index(model)
-    try:
-        name = json.loads(Path(index).read_text("utf-8"))["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise StopRun(f"--model {model} is no diffusers pipeline, its model_index.json cannot be read; give its folder")
-    if name not in FAMILIES:
-        raise StopRun(f"{model} is a {name}; this code knows {', '.join(FAMILIES)}")
-    return ("tiny" if find_tiny(model) else FAMILIES[name][0]), name
+    """Which settings a model takes ("tiny", "sd3", ...), its folder or repository, and its pipeline's class name.
 
-
-def find_tiny(model):
-    return model == "tiny" or Path(model).resolve() == TINY
-
-
-def fetch_index(model):
-    """The path of a repository's model_index.json, from the cache or the hub."""
-    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-
-    try:
-        cached = try_to_load_from_cache(model, "model_index.json")
-        if isinstance(cached, str):
-            return cached
-        HfApi().model_info(model, timeout=10)  # fails at once where a download would try again and again
-        return hf_hub_download(model, "model_index.json")
-    except HFValidationError:
-        raise StopRun(f"--model {model} is no folder here and no name of a repository; give one of them")
-    except (GatedRepoError, RepositoryNotFoundError):
-        raise StopRun(
-            f"--model {model} is not there or is gated; check the spelling, accept the licence on its page "
-            f"https://huggingface.co/{model} and log in with `hf auth login`"
-        )
-    except Exception as error:  # whatever the network does
-        reason = " ".join(str(error).split())[:150]
-        raise StopRun(f"--model {model} is no folder here and cannot be fetched; check name and network ({reason})")
-
-
-def trajectory_device(device, numbers):
-    """Where an iteration's latents live: on the device if so many float32 are under an eighth of its memory."""
-    large = device.type == "cuda" and 32 * numbers > torch.cuda.get_device_properties(device).total_memory
-    return torch.device("cpu") if large else device
-
-
-def score(policy, reward, latents, prompts, at_once=64):
-    """Decode and score: reward(policy.decode(latents), prompts), but never with many more than at_once pictures.
-
-    Returns scores (N,) and {name: scores (N,)} of the parts, for N latents.
-    TempFlow-GRPO's 10,000 branches an iteration would be 32 GB of pictures at 512 px.
+    Reads model_index.json, from the folder, the cache or the hub. StopRun: it is none of ours, or out of reach.
     """
-    size = -(-at_once // policy.micro_batch) * policy.micro_batch
-    slices = [slice(start, start + size) for start in range(0, len(latents), size)]
-    scored = [reward(policy.decode(latents[part]), prompts[part]) for part in slices]
-    return torch.cat([s for s, _ in scored]), {n: torch.cat([parts[n] for _, parts in scored]) for n in scored[0][1]}
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+
+    source = str(TINY) if model == "tiny" else model
+    try:
+        index = Path(source, "model_index.json")
+        if not Path(source).exists():
+            index = try_to_load_from_cache(source, "model_index.json")
+            if not isinstance(index, str):
+                HfApi().model_info(source, timeout=10)  # fails at once where a download would try again and again
+                index = hf_hub_download(source, "model_index.json")
+        name = json.loads(Path(index).read_text("utf-8"))["_class_name"]
+    except Exception as error:  # of many kinds: misspelt, gated, no network, a folder of something else
+        raise StopRun(
+            f"--model {model} is no diffusers pipeline in a folder here or on the hub ({brief(error)}); check spelling "
+            "and network; for a gated one accept its licence on its page and log in with `hf auth login`"
+        )
+    if name not in FAMILIES:
+        raise StopRun(f"--model {model} is a {name}; this code knows {', '.join(FAMILIES)}")
+    return "tiny" if Path(source).resolve() == TINY else FAMILIES[name][0], source, name
 
 
-def load_pipeline(args):
-    """The pipeline of args.model in args.dtype; a resolution that it cannot do is refused before weights are read."""
+def brief(error):
+    """An exception's text on one line, with its type where it has none."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+# ---------------------------------------------------------------- the policy: a diffusers pipeline with a LoRA adapter
+
+
+def load_pipeline(model, dtype, resolution):
+    """The pipeline of a model in a dtype (its name); a resolution that it cannot do is refused before weights load."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()  # diffusers imports parts that tell of packages unused here
@@ -371,71 +400,74 @@ def load_pipeline(args):
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
         diffusers.utils.logging.disable_progress_bar()
-    folder = str(TINY) if args.model == "tiny" else args.model
-    _, class_name = find_family(args.model)
+    _, source, class_name = find_family(model)
     pipe_class = getattr(diffusers, class_name)
-    config = pipe_class.load_config(folder)
-    absent = {name: None for name, value in config.items() if isinstance(value, list) and value[0] is None}
     try:
-        parts = [diffusers.AutoencoderKL.load_config(folder, subfolder=name) for name in ("vae", "transformer")]
-        FAMILIES[class_name][1].latent_shape(*parts, args.resolution)
+        config = pipe_class.load_config(source)
+        absent = {name: None for name, value in config.items() if isinstance(value, list) and value[0] is None}
+        parts = [diffusers.AutoencoderKL.load_config(source, subfolder=name) for name in ("vae", "transformer")]
+        FAMILIES[class_name][1].latent_shape(*parts, resolution)
         # weights as safetensors only, never a repository's own code
         return pipe_class.from_pretrained(
-            folder, dtype=DTYPES[args.dtype], use_safetensors=True, trust_remote_code=False, **absent
+            source, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, **absent
         )
     except (OSError, ValueError) as error:
-        raise StopRun(f"{args.model} cannot be loaded; {' '.join(str(error).split())[:300]}")
+        raise StopRun(f"--model {model} cannot be loaded ({brief(error)}); check its folder or fetch it again")
 
 
 class Policy:
     """The model that is trained: a pipeline whose transformer has a LoRA adapter.
 
-    Only the adapter trains, in float32; all else is frozen, in args.dtype. `velocity` is the one way to the network,
+    Only the adapter trains, in float32; all else is frozen, in its own dtype. `velocity` is the one way to the network,
     for rollout, training, reference and evaluation alike.
 
-    latents: how many an iteration keeps. They live, with noise and schedule, on `store`: the device, or the CPU if they
-    are large. Tensors made from them stay there; velocity takes its micro-batch to the device and brings it back.
-    pipe: a pipeline that is there already, in place of args.model.
+    latents: how many an iteration keeps. They live, with noise and schedule, on `store`: the device, or the CPU if
+    their float32 take over an eighth of its memory. Tensors made from them stay there; velocity takes its micro-batch
+    to the device and brings it back. max_sequence_length: T5 tokens, if other than the family's.
     """
 
-    def __init__(self, args, latents=0, pipe=None):
-        from diffusers.training_utils import cast_training_params
+    def __init__(
+        self, pipe, resolution, guidance=1.0, micro_batch=1, lora_rank=32, lora_alpha=64.0, ema_decay=0.0,
+        device="cuda", seed=0, gradient_checkpointing=False, compile=False, latents=0, max_sequence_length=None,
+    ):  # fmt: skip
+        from diffusers.training_utils import EMAModel, cast_training_params
         from peft import LoraConfig
 
-        pipe = pipe or load_pipeline(args)
         family = FAMILIES[type(pipe).__name__][1]
         pipe.set_progress_bar_config(disable=True)
         self.family, self.pipe, self.transformer = family(pipe), pipe, pipe.transformer
-        self.shape = family.latent_shape(pipe.vae.config, pipe.transformer.config, args.resolution)
-        if find_tiny(args.model):
-            self.family.max_sequence_length = 0  # trained without the zero tokens that stand for T5
-        self.device, self.guidance, self.micro_batch = torch.device(args.device), args.guidance, args.micro_batch
-        self.resolution = args.resolution
-        self.store = trajectory_device(self.device, latents * math.prod(self.shape))
-        if self.device.type == "cuda" and args.dtype != "float32":  # TF32, or LoRA takes as long as the rest
+        if max_sequence_length is not None:
+            self.family.max_sequence_length = max_sequence_length
+        self.shape = family.latent_shape(pipe.vae.config, pipe.transformer.config, resolution)
+        self.device, self.resolution, self.guidance = torch.device(device), resolution, guidance
+        self.micro_batch, self.velocity_evals = micro_batch, 0
+        cuda = self.device.type == "cuda"
+        numbers = latents * math.prod(self.shape)
+        large = cuda and 32 * numbers > torch.cuda.get_device_properties(self.device).total_memory
+        self.store = torch.device("cpu") if large else self.device
+        if cuda and self.transformer.dtype != torch.float32:  # TF32, or LoRA takes as long as the rest
             torch.set_float32_matmul_precision("high")
-        self.velocity_evals = 0
 
-        for part in (pipe.vae, pipe.transformer, *self.encoders()):
+        names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+        self.encoders = [part for name in names if (part := getattr(pipe, name, None)) is not None]
+        for part in (pipe.vae, pipe.transformer, *self.encoders):
             part.requires_grad_(False).eval()
         pipe.vae.to(self.device)
         pipe.transformer.to(self.device)
-        torch.manual_seed(args.seed)  # LoRA's A is random, its B is zero: the first policy is the base model
-        self.transformer.add_adapter(
-            LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=family.targets)
-        )
+        torch.manual_seed(seed)  # LoRA's A is random, its B is zero: the first policy is the base model
+        self.transformer.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=family.targets))
         cast_training_params(self.transformer, torch.float32)
         self.parameters = [p for p in self.transformer.parameters() if p.requires_grad]
-        if args.gradient_checkpointing:
+        self.ema = EMAModel(self.parameters, ema_decay) if ema_decay else None
+        # The loss is averaged over the latent's dimensions, so its gradients are that much smaller: in float16 they
+        # would be 0 inside the network. They go through it multiplied; a power of two changes no digit.
+        self.loss_scale = 2.0 ** round(math.log2(math.prod(self.shape)))
+        if gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
-        if args.compile:
+        if compile:
             if not self.transformer._repeated_blocks:  # SD3's class does not name them
                 self.transformer._repeated_blocks = self.transformer._no_split_modules
             self.transformer.compile_repeated_blocks()
-
-    def encoders(self):
-        names = ("text_encoder", "text_encoder_2", "text_encoder_3")
-        return [part for name in names if (part := getattr(self.pipe, name, None)) is not None]
 
     @torch.no_grad()
     def encode(self, prompts):
@@ -443,16 +475,15 @@ class Policy:
 
         The encoders visit the GPU for this and leave it; so memory does not grow with the number of prompts in a file.
         """
-        for encoder in self.encoders():
+        for encoder in self.encoders:
             encoder.to(self.device)
         unique = list(dict.fromkeys([*prompts, ""]))
-        index = [unique.index(prompt) for prompt in [*prompts, ""]]
-        text = [
-            torch.cat(rows) for rows in zip(*(self.family.encode(unique[i : i + 8]) for i in range(0, len(unique), 8)))
-        ]
-        text = [rows[torch.tensor(index, device=rows.device)].to(self.device) for rows in text]
+        index = torch.tensor([unique.index(prompt) for prompt in [*prompts, ""]])
+        parts = [self.family.encode(unique[start : start + 8]) for start in range(0, len(unique), 8)]
+        text = [torch.cat(rows) for rows in zip(*parts)]
+        text = [rows[index.to(rows.device)].to(self.device) for rows in text]
         if self.device.type != "cpu":
-            for encoder in self.encoders():
+            for encoder in self.encoders:
                 encoder.to("cpu")
             torch.cuda.empty_cache()
         return text
@@ -481,17 +512,25 @@ class Policy:
         self.velocity_evals += count * (2 if two_pass else 1) * (3 if torch.is_grad_enabled() else 1)
         return wide(velocity[:count]).to(store)
 
+    def velocity_in_micro_batches(self, x, sigma, text, owner):
+        parts = zip(x.split(self.micro_batch), owner.split(self.micro_batch))
+        return torch.cat([self.velocity(x_part, sigma, text, owner_part) for x_part, owner_part in parts])
+
     def sigmas(self, steps):
         """(steps + 1,) noise levels of the pipeline's own scheduler, from 1 to 0."""
         return self.family.sigmas(steps, self.resolution).to(self.store)
 
-    def noise(self, count, generator):
-        """Standard normal latents (count, ...), drawn on the CPU, so that every device has the same."""
-        return torch.randn(count, *self.shape, generator=generator).to(self.store)
+    def noise(self, prompts, each, generator):
+        """Standard normal latents of this process's prompts, `each` of them for a prompt: (prompts * each, C, H, W).
 
-    def velocity_in_micro_batches(self, x, sigma, text, owner):
-        parts = zip(x.split(self.micro_batch), owner.split(self.micro_batch))
-        return torch.cat([self.velocity(x_part, sigma, text, owner_part) for x_part, owner_part in parts])
+        Drawn for the prompts of all processes, on the CPU: every device and any number of processes has the same.
+        """
+        return share(torch.randn(prompts, each, *self.shape, generator=generator)).flatten(0, 1).to(self.store)
+
+    @torch.no_grad()
+    def decode(self, x):
+        """Latents -> images (B, 3, H, W) in [0, 1], float32, a micro-batch at a time."""
+        return torch.cat([self.family.decode(part.to(self.device)).float() for part in x.split(self.micro_batch)])
 
     @contextmanager
     def reference(self):
@@ -503,12 +542,37 @@ class Policy:
         finally:
             self.transformer.enable_adapters()
 
-    @torch.no_grad()
-    def decode(self, x):
-        """Latents -> images (B, 3, H, W) in [0, 1], float32, a micro-batch at a time."""
-        return torch.cat([self.family.decode(part.to(self.device)).float() for part in x.split(self.micro_batch)])
+    def backward(self, loss):
+        """Add the loss's gradient to the adapter's, multiplied by loss_scale, which clip_gradients takes out again."""
+        (loss * self.loss_scale).backward()
+
+    def clip_gradients(self, max_norm):
+        """Average the gradients over the processes, take loss_scale out, clip; returns the norm before clipping."""
+        for parameter in self.parameters:
+            if PROCESSES > 1:
+                torch.distributed.all_reduce(parameter.grad)
+            parameter.grad /= self.loss_scale * PROCESSES
+        return torch.nn.utils.clip_grad_norm_(self.parameters, max_norm)
+
+    def update_average(self):
+        """After an optimizer step: the moving average of the weights, if there is one."""
+        if self.ema:
+            self.ema.step(self.parameters)
+
+    @contextmanager
+    def averaged(self):
+        """Inside, the weights are their moving average, if there is one: for evaluation and for what is saved."""
+        if self.ema:
+            self.ema.store(self.parameters)
+            self.ema.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            if self.ema:
+                self.ema.restore(self.parameters)
 
     def lora(self):
+        """The adapter's weights on the CPU, {name: tensor}."""
         from peft import get_peft_model_state_dict
 
         return {name: value.detach().cpu() for name, value in get_peft_model_state_dict(self.transformer).items()}
@@ -516,268 +580,572 @@ class Policy:
     def save_lora(self, folder):
         """The adapter as diffusers saves it: `pipe.load_lora_weights(folder)` reads it."""
         config = self.transformer.peft_config["default"].to_dict()
+        config |= {name: sorted(value) for name, value in config.items() if isinstance(value, set)}  # equal files
         self.pipe.save_lora_weights(
             folder, transformer_lora_layers=self.lora(), transformer_lora_adapter_metadata=config
         )
 
 
-# ---------------------------------------------------------------- command line
+def make_policy(args, trajectories):
+    """The Policy of a script's settings. trajectories: how many latents it has in flight at most."""
+    names = "resolution guidance lora_rank lora_alpha ema_decay seed gradient_checkpointing compile".split()
+    return Policy(
+        load_pipeline(args.model, args.dtype, args.resolution),
+        **{name: getattr(args, name) for name in names},
+        device=local_device(args.device),
+        micro_batch=min(args.micro_batch, trajectories),
+        latents=3 * args.steps * trajectories,  # a step keeps its noise, and the states before and after it
+        max_sequence_length=0 if args.family == "tiny" else None,  # which was trained without T5's tokens
+    )
 
 
-class Help(ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
+# ---------------------------------------------------------------- several processes, as torchrun starts them
 
 
-class Parser(HfArgumentParser):
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_processes(args):
+    """Where torchrun has started several processes, let them find each other. The first alone prints and is heard.
+
+    What the others write goes to a folder of their own that is thrown away: the code of a run knows one process.
+    """
+    if PROCESSES > 1:
+        torch.distributed.init_process_group()  # gloo for tensors on a CPU, nccl for those on CUDA
+    if RANK > 0:
+        args.output, args.wandb, sys.stdout = tempfile.mkdtemp(), None, open(os.devnull, "w")
+        atexit.register(shutil.rmtree, args.output, ignore_errors=True)
+
+
+def local_device(device):
+    """The device of this process: torchrun gives each process on a machine a GPU of its own."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if PROCESSES > 1 and device == "cuda" else device
+
+
+def share(rows):
+    """This process's part of the rows of all: every PROCESSES-th. All of them where there is one process."""
+    return rows[RANK::PROCESSES]
+
+
+def everywhere(value):
+    """The list of all processes' values, tensors on the CPU or other objects, the same in each process."""
+    values = [value] * PROCESSES
+    if PROCESSES > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def gather(rows):
+    """The rows of all processes in the order in which share dealt them out: (n, ...) -> (n of all, ...)."""
+    parts = everywhere(rows.cpu())
+    whole = torch.cat(parts)
+    for rank, part in enumerate(parts):
+        whole[rank::PROCESSES] = part
+    return whole.to(rows.device)
+
+
+# ---------------------------------------------------------------- the run: evaluation, checkpoint, log, the loop
+
+
+def score(policy, reward, latents, prompts, at_once=64):
+    """Decode and score: reward(policy.decode(latents), prompts), but never with many more than at_once pictures.
+
+    Returns scores (N,) and {name: scores (N,)} of the parts, for N latents.
+    TempFlow-GRPO's 10,000 branches an iteration would be 32 GB of pictures at 512 px.
+    """
+    size = -(-at_once // policy.micro_batch) * policy.micro_batch
+    slices = [slice(start, start + size) for start in range(0, len(latents), size)]
+    scored = [reward(policy.decode(latents[part]), prompts[part]) for part in slices]
+    return torch.cat([s for s, _ in scored]), {n: torch.cat([parts[n] for _, parts in scored]) for n in scored[0][1]}
+
+
+class Evaluation:
+    """Images of fixed prompts from fixed noise by the ODE, as at inference: their rewards, and some as pictures."""
+
+    def __init__(self, args, policy, reward, eval_reward):
+        prompts = read_prompts(args.eval_prompts or args.prompts)[:MAX_EVAL_PROMPTS]
+        self.args, self.policy, self.reward, self.eval_reward = args, policy, reward, eval_reward
+        self.text = [rows.cpu() for rows in policy.encode(prompts)]
+        self.prompts = [prompt for prompt in prompts for _ in range(args.eval_seeds)]
+        if len(self.prompts) < PROCESSES:
+            raise StopRun(f"{len(self.prompts)} pictures of an evaluation are fewer than processes; raise --eval-seeds")
+
+    @torch.no_grad()
+    def __call__(self, iteration, progress):
+        """Returns the metrics of an evaluation, and writes samples/<iteration>.png and samples/compare.png."""
+        from diffusers.utils import make_image_grid
+        from PIL import Image
+
+        args, policy, samples = self.args, self.policy, Path(self.args.output) / "samples"
+        text, sigmas, evals = (
+            [rows.to(policy.device) for rows in self.text],
+            policy.sigmas(args.eval_steps),
+            policy.velocity_evals,
+        )
+        noise, rows = policy.noise(len(self.prompts), 1, generator(0, "evaluation", 0)), torch.arange(len(self.prompts))
+        hybrid = getattr(args, "eval_hybrid", 1.0)
+        batches = list(zip(noise.split(policy.micro_batch), share(rows // args.eval_seeds).split(policy.micro_batch)))
+        with policy.averaged():
+            latents = [
+                ode_sample(policy, x, text, owner, sigmas, hybrid) for x, owner in progress(batches, "evaluation")
+            ]
+        policy.velocity_evals = evals  # evaluation is not part of the cost
+        images, prompts = policy.decode(torch.cat(latents)).cpu(), share(self.prompts)
+        scores, parts = self.reward(images, prompts)
+        if iteration == 0:
+            print(*self.reward.self_check(images, prompts, parts), sep="\n")
+        if self.eval_reward:
+            parts = parts | self.eval_reward(images, prompts)[1]
+        images, scores = gather(images), gather(scores)
+        shown = list(range(0, len(images), args.eval_seeds))[:16]  # the first prompts, whatever they look like
+        captions = [f"{scores[n]:.2f}  {self.prompts[n]}" for n in shown]
+        picture_grid(images[shown], captions, samples / f"{iteration}.png")
+        first = min(samples.glob("[0-9]*.png"), key=lambda path: int(path.stem))
+        before_and_after = [Image.open(first), Image.open(samples / f"{iteration}.png")]
+        make_image_grid(before_and_after, rows=1, cols=2).save(samples / "compare.png")
+        return {"eval_reward": scores.mean().item()} | {f"eval/{k}": gather(v).mean().item() for k, v in parts.items()}
+
+
+def save_checkpoint(folder, policy, optimizer, counters):
+    """checkpoint.pt and lora/, written aside and renamed, so that a crash never leaves half a file."""
+    from safetensors import SafetensorError
+
+    ema = policy.ema.state_dict() if policy.ema else None
+    state = {"counters": counters, "lora": policy.lora(), "optimizer": optimizer.state_dict(), "ema": ema}
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    try:
+        with policy.averaged():
+            policy.save_lora(folder / "lora.tmp")
+    except SafetensorError as error:  # its word for a full disk
+        raise OSError(str(error))
+    (folder / "lora").mkdir(exist_ok=True)
+    for file in (folder / "lora.tmp").iterdir():
+        os.replace(file, folder / "lora" / file.name)
+    (folder / "lora.tmp").rmdir()
+    write_atomically(folder / "checkpoint.pt", buffer.getbuffer())
+
+
+def load_checkpoint(path, policy, optimizer):
+    """Put the state of save_checkpoint back; returns the counters. StopRun: the file is cut, or another model's."""
+    from peft import set_peft_model_state_dict
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if {k: v.shape for k, v in state["lora"].items()} != {k: v.shape for k, v in policy.lora().items()}:
+            raise ValueError("its adapter is another model's")
+        set_peft_model_state_dict(policy.transformer, state["lora"])
+        optimizer.load_state_dict(state["optimizer"])
+        if policy.ema:
+            policy.ema.load_state_dict(state["ema"])
+            policy.ema.to(policy.device)
+        return state["counters"]
+    except Exception as error:  # what a cut or foreign file raises is of many kinds
+        raise StopRun(f"{path} cannot be resumed from ({brief(error)}); start a new run")
+
+
+class Log:
+    """What each iteration was: metrics.jsonl, a line in the terminal, samples/progress.png, wandb if asked for.
+
+    lines: those of the run that goes on, if it does.
+    """
+
+    def __init__(self, args, config, lines=()):
+        self.folder, self.wandb, self.lines = Path(args.output), None, list(lines)
+        text = "".join(json.dumps(line) + "\n" for line in self.lines)
+        write_atomically(self.folder / "metrics.jsonl", text.encode())
+        if args.wandb:
+            import wandb
+
+            self.wandb = wandb.init(project=args.wandb, name=self.folder.name, config=config)
+        print("iteration    reward  held out   clipped  gradient", flush=True)
+
+    def write(self, metrics):
+        """One more iteration: flushed at once, with null for what is not finite, since JSON has no word for it."""
+        metrics = json.loads(json.dumps(metrics), parse_constant=lambda _: None)
+        self.lines.append(metrics)
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+        if self.wandb:
+            self.wandb.log(metrics, step=metrics["iteration"])
+        clipped = metrics.get("clip_low", 0) + metrics.get("clip_high", 0)
+        row = [metrics.get("reward_mean"), metrics.get("eval_reward"), clipped, metrics.get("grad_norm")]
+        row = [f"{'' if value is None else f'{value:.4g}':>10}" for value in row]
+        tqdm.write(f"{metrics['iteration']:9d}{''.join(row)}")
+        if "eval_reward" in metrics:
+            labels = {"reward_mean": "rollout (SDE)", "eval_reward": "evaluation (ODE)"}
+            curves = {
+                label: [(m["iteration"], m[key]) for m in self.lines if key in m] for key, label in labels.items()
+            }
+            plot({"reward": curves}, "iteration", self.folder / "samples" / "progress.png")
+
+
+class Run:
+    """A run and its folder, in a `with` statement: what the loop of a script calls around the algorithm.
+
+    It evaluates, logs and saves when it is time to, and measures the phases. At a signal or an error it ends in order:
+    what is saved then is the last complete iteration; amid updates, the checkpoint before it stands.
+    """
+
+    def __init__(self, args, policy, optimizer, reward, eval_reward):
+        self.args, self.policy, self.optimizer, self.folder = args, policy, optimizer, Path(args.output)
+        self.evaluate = Evaluation(args, policy, reward, eval_reward)
+        # as they were after the last complete iteration; -1: not even the base model has been evaluated
+        self.counters = {"iteration": -1, "images": 0, "velocity_evals": 0, "skipped_updates": 0, "skipped_in_a_row": 0}
+        self.complete = True  # whether the weights are those after that iteration: not amid updates
+        self.skipped = self.skipped_in_a_row = self.signal = 0
+        self.hopeless, self.measured = False, {}
+
+    def __enter__(self):
+        config, lines = run_config(self.args), []
+        self.lock = lock_folder(self.folder)
+        if self.args.resume:
+            checkpoint = Path(self.args.resume, "checkpoint.pt")
+            if checkpoint.exists():
+                self.counters = load_checkpoint(checkpoint, self.policy, self.optimizer)
+            config, lines = resumed_files(self.args, config, self.counters["iteration"])
+            self.policy.velocity_evals = self.counters["velocity_evals"] if RANK == 0 else 0
+            self.skipped, self.skipped_in_a_row = self.counters["skipped_updates"], self.counters["skipped_in_a_row"]
+        write_atomically(self.folder / "config.json", json.dumps(config, indent=1).encode())
+        self.log_file = Log(self.args, config, lines)
+        self.handlers = {n: signal.signal(n, self.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.complete and self.counters["iteration"] > 0:
+            self.save()
+        self.lock.close()
+
+    def on_signal(self, number, frame):
+        if self.signal:  # the second time: now
+            raise StopRun(f"stopped at once; go on with --resume {self.folder}", exit_status=128 + number)
+        self.signal = number
+        tqdm.write("stopping after this iteration; the same signal again stops at once", file=sys.stderr)
+
+    def save(self):
+        save_checkpoint(self.folder, self.policy, self.optimizer, self.counters)
+
+    def iterations(self):
+        """The numbers of the iterations to run. Evaluates the base model first, saves when it is time to."""
+        if self.counters["iteration"] < 0:
+            self.finish_iteration({"iteration": 0})
+        first, last = self.counters["iteration"] + 1, self.args.iterations
+        for iteration in self.progress(range(first, last + 1), "iterations", initial=first - 1, total=last, leave=True):
+            if stop := max(everywhere(self.signal)):  # whichever process it was sent to
+                raise StopRun(f"stopped; go on with --resume {self.folder}", exit_status=128 + stop)
+            yield iteration
+            if self.hopeless:
+                raise StopRun(
+                    "loss or gradient were not finite in 5 updates in a row; lower --learning-rate or use another "
+                    f"--dtype; what was trained is saved in {self.folder}",
+                    exit_status=1,
+                )
+            if iteration % self.args.save_every == 0:
+                self.save()
+        if self.signal:
+            raise StopRun("stopped, after the last iteration", exit_status=128 + self.signal)
+        print_ending(self.args, self.log_file.lines)
+
+    def progress(self, items, label, **options):
+        """A bar around an iterable, in a terminal."""
+        return tqdm(items, desc=label, **{"leave": False, "disable": True if RANK else None} | options)
+
+    @contextmanager
+    def phase(self, name):
+        """Measure a phase: its time, for the metrics as <name>_s, and on CUDA its peak memory."""
+        cuda = self.policy.device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        self.complete = self.complete and name != "train"
+        start = time.perf_counter()
+        yield
+        if cuda:
+            torch.cuda.synchronize()
+            self.measured[f"peak_memory_gb/{name}"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
+        self.measured[f"{name}_s"] = round(time.perf_counter() - start, 3)
+
+    def can_step(self, grad_norm):
+        """Whether an update may be made: a gradient that is not finite, nor is its loss, is skipped and counted."""
+        finite = math.isfinite(grad_norm)
+        self.skipped += not finite
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        self.hopeless |= self.skipped_in_a_row >= 5
+        return finite
+
+    def log(self, iteration, rewards, parts, zero_std_groups, stats, **more):
+        """An iteration is complete. rewards: of its images; parts: {name: scores}; more: an algorithm's own metrics."""
+        rewards = gather(rewards)
+        self.counters["images"] += len(rewards)
+        metrics = {
+            "iteration": iteration,
+            "reward_mean": rewards.mean().item(),
+            "reward_std": rewards.std().item(),
+            **{f"reward/{name}": gather(scores).mean().item() for name, scores in parts.items()},
+            "zero_std_groups": sum(everywhere(zero_std_groups)) / PROCESSES,
+            **stats.metrics(self.args.clip_range),
+            **more,
+        }
+        if iteration == 1 and not metrics["ratio_first_error"] < 1e-4:  # also tells of nan
+            print(
+                f"warning: the ratio is off 1 by {metrics['ratio_first_error']:.1e} before any update, so rollout and "
+                "training disagree and every ratio is wrong by as much; likely causes: --compile, --dtype float16, "
+                "dropout, an attention kernel that is not deterministic",
+                file=sys.stderr,
+            )
+        self.finish_iteration(metrics)
+
+    def finish_iteration(self, metrics):
+        iteration = metrics["iteration"]
+        counters = self.counters | {
+            "iteration": iteration,
+            "velocity_evals": sum(everywhere(self.policy.velocity_evals)),
+        }
+        counters |= {"skipped_updates": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        if iteration:
+            metrics |= {name: counters[name] for name in ("images", "velocity_evals", "skipped_updates")}
+        try:
+            if iteration % self.args.eval_every == 0 or iteration == self.args.iterations:
+                with self.phase("eval"):
+                    metrics |= self.evaluate(iteration, self.progress)
+        finally:  # where an evaluation fails, what was trained is kept all the same
+            measured = everywhere(self.measured)
+            metrics |= {name: max(one[name] for one in measured) for name in self.measured}  # of the slowest process
+            if peaks := [value for name, value in self.measured.items() if name.startswith("peak")]:
+                metrics["peak_memory_gb"] = max(peaks)
+            self.measured = {}
+            self.log_file.write(metrics)
+            self.counters, self.complete = counters, True
+
+
+def lock_folder(folder):
+    """Make the run folder, and keep other processes out of it: a file that is locked while it is open."""
+    try:
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")
+    except OSError as error:
+        raise StopRun(f"the run folder {folder} cannot be written ({error.strerror}); give another --output")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise StopRun(f"another process runs in {folder}; wait for it or give another --output")
+    return lock
+
+
+def resumed_files(args, config, done):
+    """config.json and the lines of metrics.jsonl of a run that goes on after iteration `done`."""
+    if args.iterations < done:
+        raise StopRun(f"--iterations {args.iterations} is less than the {done} that {args.resume} has done; give more")
+    first, kept = json.loads(Path(args.resume, "config.json").read_text("utf-8")), []
+    for name, version in config["versions"].items():
+        if first["versions"].get(name) != version:
+            old = first["versions"].get(name)
+            print(f"warning: this run began with {name} {old}, its numbers may differ with {version}", file=sys.stderr)
+    now = {"iteration": max(done, 0)} | {name: config[name] for name in ("versions", "commit", "command")}
+    config = first | {"settings": config["settings"], "resumed": [*first.get("resumed", []), now]}
+    log = Path(args.resume, "metrics.jsonl")
+    for line in log.read_text("utf-8", "replace").splitlines() if log.exists() else []:
+        with suppress(ValueError, KeyError, TypeError):  # half a last line
+            line = json.loads(line)
+            if line["iteration"] <= done:
+                kept.append(line)
+    if kept and done < args.iterations and done % args.eval_every:  # was evaluated as the last, which it is no more
+        kept[-1] = {name: value for name, value in kept[-1].items() if not name.startswith("eval")}
+    return config, kept
+
+
+def run_config(args):
+    """What config.json holds: every setting as used, versions, commit, command."""
+    import diffusers
+    import peft
+    import transformers
+
+    git, commit = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"], None
+    with suppress(OSError):  # no git here
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    return {
+        "script": Path(sys.argv[0]).stem,
+        "settings": dataclasses.asdict(args) | {"resume": None},
+        "prompts_sha256": prompts_hashes(args),
+        "versions": {m.__name__: m.__version__ for m in (torch, diffusers, transformers, peft)},
+        "commit": commit,
+        "command": " ".join(sys.argv),
+    }
+
+
+def print_ending(args, lines):
+    """What a run did, where to look, and how to use its adapter: three lines."""
+    _, source, class_name = find_family(args.model)
+    looks = [line["eval_reward"] for line in lines if line.get("eval_reward") is not None]
+    minutes = sum(value for line in lines for name, value in line.items() if name.endswith("_s") and value) / 60
+    evals = lines[-1].get("velocity_evals", 0)
+    print(f"evaluation {looks[0]:.3f} -> {looks[-1]:.3f} in {minutes:.1f} minutes and {evals:,} velocity evaluations")
+    print(f"pictures before and after: {args.output}/samples/compare.png; adapter: {args.output}/lora")
+    print(f'pipe = diffusers.{class_name}.from_pretrained("{source}"); pipe.load_lora_weights("{args.output}/lora")')
+
+
+def write_atomically(path, data):
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def picture_grid(images, captions, path, size=192, columns=4):
+    """Save images (B, 3, H, W) in [0, 1] as a grid, small ones enlarged without blur, each with its caption."""
+    from diffusers.image_processor import VaeImageProcessor
+    from diffusers.utils import make_image_grid
+    from PIL import Image, ImageDraw
+
+    tiles = [Image.new("RGB", (size + 8, size + 56), "white") for _ in range(len(images) + -len(images) % columns)]
+    pictures = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images.clamp(0, 1)))
+    for tile, picture, caption in zip(tiles, pictures, captions):
+        resample = Image.Resampling.NEAREST if picture.width < size else Image.Resampling.LANCZOS
+        tile.paste(picture.resize((size, size), resample), (4, 4))
+        text = "\n".join(textwrap.wrap(caption, 30)[:3])
+        ImageDraw.Draw(tile).text((4, size + 6), text, "black", font_size=13)
+    make_image_grid(tiles, len(tiles) // columns, columns).save(path)
+
+
+def plot(charts, x_label, path):
+    """Save {title: {label: [(x, y), ...]}} as line charts, one below the other."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 2.5 * len(charts)), layout="constrained")
+    for axes, (title, lines) in zip(figure.subplots(len(charts), squeeze=False)[:, 0], charts.items()):
+        for label, points in lines.items():
+            axes.plot(*zip(*points), marker=".", label=label)
+        axes.set(title=title, xlabel=x_label)
+        if len(lines) > 1:
+            axes.legend()
+    figure.savefig(path)
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def option(default, help, low=0, high=10**6, choices=None, group=None):
+    """A field of Args that is an option: numbers from low to high, or one of the choices; group begins a new one."""
+    return dataclasses.field(
+        default=default, metadata=dict(help=help, low=low, high=high, choices=choices, group=group)
+    )
+
+
+class Parser(ArgumentParser):
     def error(self, message):
         raise StopRun(f"{message.removeprefix('argument ')}; see --help")
 
 
-RANGES = {  # name: smallest, largest
-    "seed": (0, 2**31 - 1),
-    "iterations": (1, 10**9),
-    "prompts_per_iteration": (1, 10**6),
-    "group_size": (2, 10**6),
-    "seeds_per_prompt": (1, 10**6),
-    "branches": (2, 10**6),
-    "updates_per_iteration": (1, 10**6),
-    "micro_batch": (1, 10**6),
-    "steps": (2, 1000),
-    "eval_steps": (1, 1000),
-    "guidance": (0.0, 100.0),
-    "resolution": (8, 8192),
-    "noise_level": (0.0, 10.0),
-    "learning_rate": (0.0, 10.0),
-    "clip_range": (0.0, 1.0),
-    "adv_clip": (0.0, 1e6),
-    "kl_coef": (0.0, 1e6),
-    "max_grad_norm": (0.0, 1e9),
-    "ema_decay": (0.0, 0.9999999),
-    "lora_rank": (1, 4096),
-    "lora_alpha": (0.0, 1e6),
-    "eval_every": (1, 10**9),
-    "eval_seeds": (1, 10**4),
-    "save_every": (1, 10**9),
-    "chunk_max": (1, 1000),
-    "chunk_fraction": (0.0, 1.0),
-    "eval_hybrid": (0.0, 1.0),
-}
-POSITIVE = (
-    "learning_rate",
-    "clip_range",
-    "adv_clip",
-    "max_grad_norm",
-    "lora_alpha",
-    "noise_level",
-    "chunk_fraction",
-    "eval_hybrid",
-)
-MAX_TRAJECTORIES = 10**6
-FREE_ON_RESUME = ("resume", "iterations", "save_every", "wandb")
+def within(kind, low, high):
+    """A type for argparse: a number of that kind from low to high."""
+
+    def number(text):
+        value = kind(text)
+        if not low <= value <= high:  # refuses nan as well
+            raise ArgumentTypeError(f"{text} is out of range; give a number from {low} to {high}")
+        return value
+
+    number.__name__ = kind.__name__  # for "invalid int value"
+    return number
 
 
-def option(name):
-    return "--" + name.replace("_", "-")
+def make_parser(args_class, defaults):
+    """The command line of a dataclass of `option`s. What is not given is not set, so that it can be told."""
+    parser = group = Parser(allow_abbrev=False, argument_default=SUPPRESS)
+    for field in dataclasses.fields(args_class):
+        name, told, kind = field.name, field.metadata, (get_args(field.type) or (field.type,))[0]
+        if told["group"]:
+            group = parser.add_argument_group(told["group"])
+        by_model = ", ".join(f"{values[name]} for {model}" for model, values in defaults.items() if name in values)
+        default = by_model or field.default
+        help = told["help"] + (f" (default: {default})" if default or (default == 0 and kind is not bool) else "")
+        if kind is bool:
+            how = {"action": "store_true"}
+        elif kind is str:
+            how = {"choices": told["choices"], "metavar": None if told["choices"] else "TEXT"}
+        else:
+            how = {"type": within(kind, told["low"], told["high"]), "metavar": "N" if kind is int else "X"}
+        group.add_argument("--" + name.replace("_", "-"), dest=name, help=help.replace("%", "%%"), **how)
+    return parser
 
 
 def parse_args(args_class, defaults, argv=None):
     """The command line as an instance of the dataclass args_class, checked; no model is loaded, nothing is written.
 
     defaults: {"tiny": {...}, "sd3": {...}} for the settings that are None in args_class. With --resume the settings
-    are those of that run, and a setting given that would change its past is refused.
+    are those of that run.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    parser = Parser(args_class, allow_abbrev=False, formatter_class=Help)
-    for action in parser._actions:
-        known = {model: settings[action.dest] for model, settings in defaults.items() if action.dest in settings}
-        if known:
-            values = ", ".join(f"{value} for {model}" for model, value in known.items())
-            action.help = action.help.replace("by model", values)
-    try:
-        args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
-    except ValueError as error:
-        raise StopRun(f"unknown option {' '.join(str(error).split(': ')[-1].strip('[]').split())}; see --help")
-    if args.resume:
-        words = {word.split("=")[0] for word in argv}
-        given = {action.dest for action in parser._actions if words & set(action.option_strings)}
-        args = resumed_args(args, given)
+    given = vars(make_parser(args_class, defaults).parse_args(argv))
+    args = resumed_args(args_class, given) if "resume" in given else args_class(**given)
+    cuda = torch.cuda.is_available()
     if args.model is None:
-        args.model = "stabilityai/stable-diffusion-3.5-medium" if args.prompts and torch.cuda.is_available() else "tiny"
-    if args.device is None:
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+        args.model = "stabilityai/stable-diffusion-3.5-medium" if args.prompts and cuda else "tiny"
+        if args.prompts and not cuda:
+            print(
+                "no CUDA GPU here, so the bundled tiny model is trained: it can draw circles, squares and the like only"
+            )
+    args.device = args.device or ("cuda" if cuda else "cpu")
     try:
-        torch.zeros(1, device=args.device).item()
+        torch.zeros(1, device=local_device(args.device)).item()
     except (RuntimeError, AssertionError) as error:
-        raise StopRun(f"--device {args.device} cannot be used here; {str(error).splitlines()[0][:150]}")
-    check_ranges(args)
+        raise StopRun(f"--device {local_device(args.device)} cannot be used here ({brief(error)}); give another")
     args.prompts = args.prompts or (str(TINY / "prompts.txt") if args.model == "tiny" else None)
     if args.prompts is None:
-        raise StopRun("a model other than tiny needs --prompts FILE, one prompt a line")
+        raise StopRun("a model other than tiny needs prompts; give --prompts FILE, one prompt a line")
     read_prompts(args.prompts)
-    args.family, _ = find_family(args.model)
-    if args.noise_level is None and args.sde == "dance":
-        args.noise_level = 0.3  # eta of [DG]
+    args.family, _, _ = find_family(args.model)
+    if args.noise_level is None:
+        args.noise_level = {"dance": 0.3, "cps": 0.8}.get(args.sde)  # [DG], [CPS]; for flow it depends on the model
     for name, value in defaults[args.family].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") and args.family != "tiny" else "float32")
     args.reward = args.reward or ("shapes" if args.family == "tiny" else "pickscore")
-    if args.eval_prompts is None and args.family == "tiny" and args.prompts == str(TINY / "prompts.txt"):
+    if args.eval_prompts is None and args.prompts == str(TINY / "prompts.txt"):
         args.eval_prompts = str(TINY / "eval_prompts.txt")
     if args.eval_prompts:
         read_prompts(args.eval_prompts)
+    if args.wandb and not importlib.util.find_spec("wandb"):
+        raise StopRun("--wandb needs a package that is not installed; pip install wandb")
     if not args.output:
         script, model = Path(sys.argv[0]).stem, Path(args.model).name
         args.output = f"runs/{script}-{model}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    check_output(args)
-    if args.wandb and not importlib.util.find_spec("wandb"):
-        raise StopRun("--wandb needs a package that is not installed; pip install wandb")
-    check_ranges(args)
-    return args
-
-
-def resumed_args(args, given):
-    """The settings of the run in args.resume, with those in `given` that may change; refuses the others by name."""
-    try:
-        config = json.loads((Path(args.resume) / "config.json").read_text("utf-8"))
-        saved, script = dict(config["settings"]), config["script"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise StopRun(f"--resume {args.resume} is no run: its config.json cannot be read; give the folder of a run")
-    if script != Path(sys.argv[0]).stem:
-        raise StopRun(f"--resume {args.resume} is a run of {script}.py; go on with that script")
-    if changed := saved.keys() ^ dataclasses.asdict(args).keys():
-        raise StopRun(
-            f"--resume {args.resume} is of another version of {script}.py, which differs in {option(min(changed))}; "
-            f"use commit {config.get('commit')} or start a new run"
-        )
-    for name in sorted(given - set(FREE_ON_RESUME)):
-        if getattr(args, name) != saved[name]:
-            raise StopRun(
-                f"{option(name)} {getattr(args, name)} would change the past of {args.resume}, which has {saved[name]};"
-                " leave it out or start a new run"
-            )
-    for name, value in saved.items():
-        if name not in given or name not in FREE_ON_RESUME:
-            setattr(args, name, value)
-    args.output = args.resume
-    if not all(isinstance(config.get(name), dict) for name in ("prompts_sha256", "versions")):
-        raise StopRun(f"--resume {args.resume} has a config.json of another version of {script}.py; start a new run")
-    for name, digest in prompts_hashes(args).items():
-        if digest != config["prompts_sha256"].get(name):
-            raise StopRun(
-                f"{option(name)} {getattr(args, name)} has changed since {args.resume} began; restore it or start a new"
-                " run"
-            )
-    return args
-
-
-def check_output(args):
-    """--output is a folder that is not there, or empty, and can be written: seen before any model is loaded."""
     folder = Path(args.output)
-    try:
-        if os.stat(folder) and not args.resume and (not folder.is_dir() or any(folder.iterdir())):
-            raise StopRun(f"--output {folder} is in the way; give a new folder, or go on with --resume {folder}")
-    except FileNotFoundError:
-        folder = next(parent for parent in folder.absolute().parents if parent.exists())
-    except OSError as error:
-        raise StopRun(f"--output {str(folder)[:200]} cannot be used ({error.strerror}); give another folder")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise StopRun(f"{folder} cannot be written (Permission denied); give another --output")
+    if folder.exists() and not args.resume and (not folder.is_dir() or any(folder.iterdir())):
+        raise StopRun(f"--output {folder} is in the way; give a new folder, or go on with --resume {folder}")
+    if not os.access(next(path for path in (folder, *folder.absolute().parents) if path.exists()), os.W_OK | os.X_OK):
+        raise StopRun(f"--output {folder} cannot be written; give another folder")
+    return args
 
 
-def check_ranges(args):
-    for name, (low, high) in RANGES.items():
-        value = getattr(args, name, None)
-        if value is not None and not (isinstance(value, int | float) and low <= value <= high):  # also refuses nan
-            raise StopRun(f"{option(name)} {value} is out of range; give a number from {low} to {high}")
-        if value == 0 and name in POSITIVE:
-            raise StopRun(f"{option(name)} must be more than 0")
-
-
-def settle_batch(args, count, group, branches=1, usual=8):
-    """The batch arithmetic: count trajectories an iteration, which must divide into the updates. Returns count.
-
-    group: how many are compared with each other, warned of under `usual`. branches: of each trajectory. Lowers
-    args.micro_batch to all of them.
-    """
-    if count % args.updates_per_iteration:
+def resumed_args(args_class, given):
+    """The settings of the run in given["resume"]; only --iterations, --save-every and --wandb may stand beside it."""
+    folder = given.pop("resume")
+    for name in sorted(given.keys() - {"iterations", "save_every", "wandb"}):
         raise StopRun(
-            f"{args.prompts_per_iteration} prompts x {count // args.prompts_per_iteration} = {count} trajectories do "
-            f"not divide into --updates-per-iteration {args.updates_per_iteration}; change one of them"
+            f"--{name.replace('_', '-')} cannot stand beside --resume, which takes every setting from {folder}; leave "
+            "it out or start a new run"
         )
-    if count * branches > MAX_TRAJECTORIES:
-        raise StopRun(
-            f"{count * branches} trajectories an iteration are more than {MAX_TRAJECTORIES}; lower one of its factors"
-        )
-    args.micro_batch = min(args.micro_batch, count * branches)
-    if group < usual:
-        print(f"warning: groups of {group} give noisy advantages; {usual} or more are usual", file=sys.stderr)
-    return count
-
-
-def parse_chunks(args):
-    """--chunks of gcpo.py: None for adaptive, or the list of sizes, which must add up to the T - 1 transitions."""
-    if args.chunks == "adaptive":
-        return None
     try:
-        sizes = [int(size) for size in args.chunks.split(",")]
-    except ValueError:
-        raise StopRun(f"--chunks {args.chunks!r} is neither adaptive nor a list of sizes; write --chunks 2,3,4")
-    if min(sizes) < 1 or sum(sizes) != args.steps - 1:
-        raise StopRun(
-            f"--chunks {args.chunks} adds up to {sum(sizes)}; sizes from 1 on must add up to {args.steps - 1}, the "
-            f"trained transitions of --steps {args.steps}"
-        )
-    return sizes
-
-
-def parse_branch_steps(args):
-    """--branch-steps of tempflow_grpo.py: the steps where branches may be, and how many of them an iteration takes.
-
-    "3" is three steps drawn in each iteration, "3," is step 3.
-    """
-    every = list(range(args.steps - 1))
-    if args.branch_steps == "all":
-        return every, len(every)
-    try:
-        numbers = [int(part) for part in args.branch_steps.rstrip(",").split(",")]
-    except ValueError:
-        raise StopRun(f"--branch-steps {args.branch_steps!r} is neither all, a list such as 0,1,2, nor a number")
-    if "," not in args.branch_steps and 1 <= numbers[0] <= len(every):
-        return every, numbers[0]
-    if "," in args.branch_steps and sorted(set(numbers)) == numbers and set(numbers) <= set(every):
-        return numbers, len(numbers)
-    raise StopRun(
-        f"--branch-steps {args.branch_steps} is no number from 1 to {len(every)}, and no rising list within 0 to "
-        f"{every[-1]}"
-    )
-
-
-def prepare_rewards(args, get_reward):
-    """args.reward and args.eval_reward (or None), after checking that both can read every prompt."""
-    options = args.device, args.reward_offload
-    rewards = [get_reward(spec, *options) if spec else None for spec in (args.reward, args.eval_reward)]
-    for reward in rewards:
-        if reward:
-            reward.check(read_prompts(args.prompts) + read_prompts(args.eval_prompts or args.prompts))
-    return rewards
-
-
-def print_plan(args, count, sigmas, s, weight=None, branches=0):
-    """One line of batch arithmetic, and a table of the steps. weight: {step: weight of its loss}, if they have one."""
-    branching = f" with {branches} branches a step" if branches else ""
-    print(
-        f"{args.iterations} iterations of {args.prompts_per_iteration} prompts x "
-        f"{count // args.prompts_per_iteration} = {count} trajectories{branching}; {args.updates_per_iteration} "
-        f"updates of {count // args.updates_per_iteration} trajectories; {args.micro_batch} latents at a time"
-    )
-    print("step   sigma   Delta       s     std" + ("  weight" if weight else ""))
-    for n, scale in enumerate(s):
-        delta = sigmas[n] - sigmas[n + 1]
-        row = f"{n:4d}  {sigmas[n]:6.4f}  {delta:6.4f}  {scale:6.4f}  {scale * delta.sqrt():6.4f}"
-        print(row + (f"  {weight.get(n, 0.0):6.4f}" if weight else ""))
-    print(f"{len(s):4d}  {sigmas[-2]:6.4f}  {sigmas[-2]:6.4f}     ODE step, not trained", flush=True)
+        config = json.loads(Path(folder, "config.json").read_text("utf-8"))
+        script, hashes, _ = config["script"], dict(config["prompts_sha256"]), dict(config["versions"])
+        if script == Path(sys.argv[0]).stem and config["settings"].keys() != set(args_class.__dataclass_fields__):
+            raise ValueError(f"it is of another version, use commit {config.get('commit')}")
+        args = args_class(**config["settings"] | given | {"resume": folder, "output": folder})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StopRun(f"--resume {folder} cannot be gone on with ({brief(error)}); give the folder of a run")
+    if script != Path(sys.argv[0]).stem:
+        raise StopRun(f"--resume {folder} is a run of {script}.py; go on with that script")
+    for name, digest in prompts_hashes(args).items():
+        if digest != hashes.get(name):
+            raise StopRun(f"{getattr(args, name)} has changed since {folder} began; restore it or start a new run")
+    return args
 
 
 def read_prompts(path):
@@ -802,529 +1170,94 @@ def prompts_hashes(args):
     return {n: hashlib.sha256("\n".join(read_prompts(path)).encode()).hexdigest() for n, path in files.items() if path}
 
 
-def iteration_prompts(prompts, count, iteration, seed):
-    """The prompts of an iteration (1, 2, ...): the file in a new random order each time it has been gone through."""
-    places = [divmod(position, len(prompts)) for position in range((iteration - 1) * count, iteration * count)]
-    epochs = {epoch for epoch, _ in places}
-    order = {n: torch.randperm(len(prompts), generator=generator(seed, "prompts", n)) for n in epochs}
-    return [prompts[order[epoch][index]] for epoch, index in places]
+def parse_sde_steps(args):
+    """--sde-steps: the steps that may be random, and how many of them an iteration takes.
 
-
-def generator(seed, purpose, number):
-    """A random generator that depends on just these three: so a resumed run draws what it would have drawn."""
-    digest = hashlib.sha256(f"{seed} {purpose} {number}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-
-# ---------------------------------------------------------------- the run folder
-
-
-def self_test(args, policy, text):
-    """See on the user's own model, before anything is written, that rollout and training agree; prints one line.
-
-    text: of some prompts, the first is used. Raises StopRun where the model cannot run or train like this. Leaves no
-    gradient, no count and no random state behind.
+    "0,1,2" are those three, "3" is three steps drawn in each iteration, "3," is step 3.
     """
-    evals, owner = policy.velocity_evals, torch.zeros(1, dtype=torch.long)
-    noise = [policy.noise(1, generator(args.seed, "self-test", n)) for n in range(3)]
-    sigmas = policy.sigmas(args.steps)
-    s = noise_scale(sigmas, args.sde, args.noise_level)
-    levels = [(sigmas[step], sigmas[step + 1], s[step]) for step in (0, len(s) - 1)]  # the first transition, the last
-    try:
-        with torch.no_grad():
-            size = tuple(policy.decode(noise[0]).shape[-2:])
-            x, x_next, old_logp, logp, off_ode = [noise[0]], [], [], [], 0.0
-            for n, (sigma, sigma_next, scale) in enumerate(levels):
-                velocity = policy.velocity_in_micro_batches(x[n], sigma, text, owner)
-                mean, std = sde_mean_std(x[n], velocity, sigma, sigma_next, scale)
-                x_next.append(mean + std * noise[n + 1])
-                old_logp.append(log_prob(x_next[n], mean, std))
-                still, _ = sde_mean_std(x[n], velocity, sigma, sigma_next, 0.0)
-                ode = ode_sample(policy, x[n], text, owner, torch.stack([sigma, sigma_next]))
-                off_ode = max(off_ode, (still - ode).abs().max().item())
-                x.append(x_next[n])
-        for n, level in enumerate(levels):  # one at a time, as little as training needs
-            velocity = policy.velocity(x[n], level[0], text, owner)
-            mean, std = sde_mean_std(x[n], velocity, *level)
-            logp.append(log_prob(x_next[n], mean, std))
-            logp[n].sum().backward()
-    except (ValueError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise StopRun(f"the model cannot run with these settings ({' '.join(str(error).split())[:200]}); change them")
-    if size != (args.resolution, args.resolution):
-        raise StopRun(f"--resolution {args.resolution} gives pictures of {size[0]} x {size[1]}; give that")
-    off_ratio = ((torch.cat(logp).detach() - torch.cat(old_logp)).exp() - 1).abs().max().item()
-    parts = [policy.transformer, policy.pipe.vae, *policy.encoders()]
-    named = [pair for part in parts for pair in part.named_parameters()]
-    stray = [name for name, p in named if (p.requires_grad or p.grad is not None) and "lora_" not in name]
-    grads = [p.grad for p in policy.parameters if p.grad is not None]
-    norm = torch.stack([grad.norm() for grad in grads]).norm().item() if grads else 0.0
-    for parameter in policy.parameters:
-        parameter.grad = None
-    policy.velocity_evals = evals
-    count, total = sum(p.numel() for p in policy.parameters), sum(p.numel() for _, p in named)
-    print(
-        f"self-test: a step without noise is off the ODE's by {off_ode:.1e}, the ratio of stored transitions off 1 by "
-        f"{off_ratio:.1e}; {count} of {total} parameters train, with a gradient of norm {norm:.2e}",
-        flush=True,
+    every, spec = list(range(args.steps - 1)), args.sde_steps
+    with suppress(ValueError):
+        numbers = every if spec == "all" else [int(part) for part in spec.rstrip(",").split(",")]
+        if "," not in spec and spec != "all" and 1 <= numbers[0] <= len(every):
+            return every, numbers[0]
+        if (spec == "all" or "," in spec) and sorted(set(numbers)) == numbers and set(numbers) <= set(every):
+            return numbers, len(numbers)
+    raise StopRun(
+        f"--sde-steps {spec} is neither all, nor a rising list within 0 to {every[-1]} such as 0,1,2, nor how many are "
+        f"drawn, 1 to {len(every)}; the last of --steps {args.steps} is always the ODE's"
     )
-    if stray:
-        raise StopRun(f"{stray[0]} trains, and only the adapter should; this is a bug, please report it", 1)
-    if not 0 < norm < math.inf:
-        raise StopRun(f"the adapter's gradient has norm {norm}; use another --dtype or --noise-level")
-    if not max(off_ode, off_ratio) < 1e-4:  # also tells of nan
-        print(
-            "warning: rollout and training disagree on this model, so every ratio is wrong by as much; likely causes: "
-            "--compile, --dtype float16, dropout, an attention kernel that is not deterministic",
-            file=sys.stderr,
-        )
 
 
-class Run:
-    """A run and its folder: config.json, metrics.jsonl, samples/, lora/, checkpoint.pt. Use it in a `with` statement.
+def split_batch(args, each, group=None, branches=1, usual=8):
+    """The batch arithmetic: each trajectories a prompt, which must divide into processes and updates.
 
-    reward, eval_reward: (images, prompts) -> (scores, {name: scores}); eval_reward may be None. It evaluates, logs and
-    saves; keeps time and peak memory of the phases; and ends cleanly at a signal or an error. What is saved then is the
-    last complete iteration; amid updates, the last checkpoint stands.
+    group: how many are compared with each other, warned of under `usual`. branches: of each trajectory. Returns how
+    many trajectories are this process's.
     """
+    P, U = args.prompts_per_iteration, args.updates_per_iteration
+    if P * each % U or (PROCESSES > 1 and P % (PROCESSES * U)):
+        parts = f"{U} updates" + (f" of {PROCESSES} processes by whole prompts" if PROCESSES > 1 else "")
+        raise StopRun(
+            f"{P} prompts x {each} = {P * each} trajectories do not divide into {parts}; change "
+            "--updates-per-iteration or --prompts-per-iteration"
+        )
+    if P * each * branches > 10**6:
+        raise StopRun(
+            f"{P * each * branches} trajectories an iteration are more than 1,000,000; lower one of its factors"
+        )
+    if (group or each) < usual:
+        print(f"warning: groups of {group or each} give noisy advantages; {usual} or more are usual", file=sys.stderr)
+    return P * each // PROCESSES
 
-    def __init__(self, args, policy, optimizer, reward, eval_reward):
-        from diffusers.training_utils import EMAModel
 
-        self.args, self.policy, self.optimizer = args, policy, optimizer
-        self.ema = EMAModel(policy.parameters, args.ema_decay) if args.ema_decay else None
-        self.reward, self.eval_reward = reward, eval_reward
-        self.folder, self.samples = Path(args.output), Path(args.output) / "samples"
-        self.iteration = 0  # the last complete one
-        self.whole = True  # whether the weights in memory are those after that iteration: not amid updates
-        self.images = self.skipped_updates = self.skipped_in_a_row = 0
-        self.counters = [0, 0, 0, 0]  # as they were after that iteration
-        self.hopeless, self.signal = False, None
-        self.phases, self.shown = {}, {}
-        prompts = read_prompts(args.eval_prompts or args.prompts)[:MAX_EVAL_PROMPTS]
-        self.eval_prompts = [prompt for prompt in prompts for _ in range(args.eval_seeds)]
-        self.eval_text = [rows.cpu() for rows in policy.encode(prompts)]
-        self_test(args, policy, [rows.to(policy.device) for rows in self.eval_text])
+def load_rewards(args, get_reward):
+    """args.reward and args.eval_reward (or None), loaded, after checking that both can read every prompt."""
+    options = local_device(args.device), args.reward_offload
+    rewards = [get_reward(spec, *options) if spec else None for spec in (args.reward, args.eval_reward)]
+    for reward in filter(None, rewards):
+        reward.check(read_prompts(args.prompts) + read_prompts(args.eval_prompts or args.prompts))
+    return rewards
 
-    def __enter__(self):
-        try:
-            self.samples.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.folder / ".lock", "w")
-        except OSError as error:
-            raise StopRun(f"the run folder {self.folder} cannot be written ({error.strerror}); give another --output")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise StopRun(f"another process runs in {self.folder}; wait for it or give another --output")
-        path, config = self.folder / "config.json", run_config(self.args)
-        if self.args.resume:
-            self.load()
-            first, now = json.loads(path.read_text("utf-8")), config
-            for name, version in now["versions"].items():
-                if first["versions"].get(name) != version:
-                    print(
-                        f"warning: this run began with {name} {first['versions'].get(name)} and goes on with {version};"
-                        " its numbers may differ from those of a run with one version",
-                        file=sys.stderr,
-                    )
-            start = {"iteration": self.iteration} | {name: now[name] for name in ("versions", "commit", "command")}
-            config = first | {"settings": now["settings"], "resumed": [*first.get("resumed", []), start]}
-        elif path.exists():  # since the command line was checked
-            raise StopRun(f"--output {self.folder} is in the way; give a new folder")
-        write_atomically(path, json.dumps(config, indent=1).encode())
-        print(f"run folder {self.folder}", flush=True)
-        self.handlers = {n: signal.signal(n, self.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
-        if self.args.wandb:
-            import wandb
 
-            wandb.init(project=self.args.wandb, name=self.folder.name, config=config)
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if self.whole and self.iteration:
-            self.save()
-        self.lock.close()
-
-    def on_signal(self, number, frame):
-        if self.signal:  # the second time: now
-            raise StopRun(f"stopped at once; go on with --resume {self.folder}", exit_status=128 + number)
-        self.signal = number
-        tqdm.write("stopping after this iteration; the same signal again stops at once", file=sys.stderr)
-
-    def iterations(self):
-        """The numbers of the iterations to run. Evaluates the base model first, saves when it is time to."""
-        if self.iteration == 0:
-            self.log({"iteration": 0})
-        first, last = self.iteration + 1, self.args.iterations
-        if first > last:
-            print(f"all {last} iterations are done; raise --iterations to go on")
-        for iteration in self.progress("iterations", leave=True, initial=first - 1, total=last)(range(first, last + 1)):
-            if self.signal:
-                raise StopRun(f"stopped; go on with --resume {self.folder}", exit_status=128 + self.signal)
-            yield iteration
-            if self.hopeless:
-                raise StopRun(
-                    "loss or gradient were not finite in 5 updates in a row; lower --learning-rate or use another "
-                    f"--dtype; what was trained is saved in {self.folder}",
-                    exit_status=1,
-                )
-            if iteration % self.args.save_every == 0:
-                self.save()
-        if self.signal:
-            raise StopRun("stopped, after the last iteration", exit_status=128 + self.signal)
-
-    def progress(self, label, **options):
-        """A function that puts a tqdm bar around an iterable, with the latest rewards in it."""
-        return partial(tqdm, desc=label, postfix=self.shown, **{"leave": False, "disable": None} | options)
-
-    @contextmanager
-    def phase(self, name):
-        """Times a phase, for the metrics as <name>_s, and notes its peak memory on CUDA."""
-        cuda = self.policy.device.type == "cuda"
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        self.whole = self.whole and name != "train"
-        start = time.perf_counter()
-        yield
-        if cuda:
-            torch.cuda.synchronize()
-            peak = self.phases.setdefault("peak_memory_gb_by_phase", {})
-            peak[name] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
-            self.phases["peak_memory_gb"] = max(peak.values())
-        self.phases[f"{name}_s"] = round(time.perf_counter() - start, 3)
-
-    def update(self):
-        """One optimizer step with the gradients that are there: their norm before clipping.
-
-        Where it is not finite, and a loss that is not gives such a norm, the step is skipped and counted instead.
-        """
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters, self.args.max_grad_norm).item()
-        if math.isfinite(norm):
-            self.optimizer.step()
-            if self.ema:
-                self.ema.step(self.policy.parameters)
-            self.skipped_in_a_row = 0
+def print_plan(args, count, sigmas, s, chosen, weight=None, branches=0):
+    """The batch arithmetic in a line, and a table of the steps. chosen: those that may be random; weight: (T - 1,)."""
+    P, U, many = args.prompts_per_iteration, args.updates_per_iteration, count * PROCESSES
+    branching = f" with {branches} branches a step" if branches else ""
+    print(
+        f"{args.iterations} iterations of {P} prompts x {many // P} = {many} trajectories{branching}; {U} updates of "
+        f"{many // U} trajectories; {args.micro_batch} latents at a time"
+    )
+    print("step   sigma   Delta       s     std  weight")
+    for n in range(len(s) + 1):
+        delta = sigmas[n] - sigmas[n + 1]
+        row = f"{n:4d}  {sigmas[n]:6.4f}  {delta:6.4f}  "
+        if n in chosen:
+            loss_weight = 1.0 if weight is None else weight[n]
+            print(f"{row}{s[n]:6.4f}  {s[n] * delta.sqrt():6.4f}  {loss_weight:6.4f}")
         else:
-            self.skipped_updates += 1
-            self.skipped_in_a_row += 1
-            self.hopeless |= self.skipped_in_a_row >= 5
-        self.optimizer.zero_grad()
-        return torch.tensor(norm)
-
-    def log(self, metrics):
-        """Evaluate if it is time to; then one line of metrics.jsonl, flushed at once: the iteration is complete."""
-        iteration = metrics["iteration"]
-        counters = [self.images, self.policy.velocity_evals, self.skipped_updates, self.skipped_in_a_row]
-        if iteration:
-            metrics = metrics | dict(zip(("images", "velocity_evals", "skipped_updates"), counters))
-        try:
-            if iteration % self.args.eval_every == 0 or iteration == self.args.iterations:
-                metrics = metrics | self.evaluate(iteration)
-        finally:  # where an evaluation fails, what was trained is kept all the same
-            metrics = finite(metrics | self.phases)
-            self.phases = {}
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(metrics) + "\n")
-            self.iteration, self.whole, self.counters = iteration, True, counters
-        if self.args.wandb:
-            import wandb
-
-            wandb.log(metrics, step=iteration)
-        self.shown |= {key: f"{metrics[key]:.3f}" for key in ("reward_mean", "eval_reward") if metrics.get(key)}
-        text = [f"{key} {metrics[key]:.4g}" for key in SHOWN if metrics.get(key) is not None]
-        tqdm.write(f"iteration {iteration:4d}  " + "  ".join(text))
-
-    @torch.no_grad()
-    def evaluate(self, iteration):
-        """Mean rewards of ODE samples for the evaluation prompts, from always the same noise; saves a picture grid."""
-        args, policy, count = self.args, self.policy, len(self.eval_prompts)
-        evals, text = policy.velocity_evals, [rows.to(policy.device) for rows in self.eval_text]
-        sigmas, hybrid = policy.sigmas(args.eval_steps), getattr(args, "eval_hybrid", 1.0)
-        noise = policy.noise(count, generator(0, "evaluation", 0))
-        with self.phase("eval"), self.ema_weights():
-            images = [
-                policy.decode(ode_sample(policy, noise[rows], text, rows // args.eval_seeds, sigmas, hybrid)).cpu()
-                for rows in self.progress("evaluation")(torch.arange(count).split(args.micro_batch))
-            ]
-        policy.velocity_evals = evals  # evaluation is not part of the cost
-        images = torch.cat(images)
-        scores, parts = self.reward(images, self.eval_prompts)
-        if iteration == 0:
-            print(*self.reward.self_check(images, self.eval_prompts, parts), sep="\n")
-        if self.eval_reward:
-            parts = parts | self.eval_reward(images, self.eval_prompts)[1]
-        shown = range(0, count, max(args.eval_seeds, -(-count // 32)))  # at most 32 pictures
-        captions = [f"{scores[n]:.2f} {self.eval_prompts[n]}" for n in shown]
-        picture_grid(images[list(shown)], captions, self.samples / f"{iteration}.png")
-        first = min(self.samples.glob("[0-9]*.png"), key=lambda path: int(path.stem))
-        side_by_side(first, self.samples / f"{iteration}.png", self.samples / "compare.png")
-        return {"eval_reward": scores.mean().item()} | {f"eval/{k}": v.mean().item() for k, v in parts.items()}
-
-    def chunk_metrics(self, l1rel, chunks, group_size):
-        """What gcpo.py's chunks were, also as samples/chunks.png. l1rel: (N, T - 1), chunks: N lists of sizes.
-
-        chunk_cuts: share of trajectories with a cut before each step but the first. l1rel_prompt_share: share of the
-        variance of L1rel that lies between prompts, 1 / group_size by chance if the curve does not depend on them.
-        """
-        starts = torch.zeros_like(l1rel)
-        for row, sizes in zip(starts, chunks):
-            row[torch.tensor(sizes).cumsum(0)[:-1]] = 1
-        between = l1rel.view(-1, group_size, l1rel.shape[1]).mean(1).var(0, correction=0) / l1rel.var(0, correction=0)
-        curve, cuts = l1rel.mean(0).tolist(), starts.mean(0).tolist()[1:]
-        charts = {"mean L1rel of the step": curve, "share of trajectories cut before the step": [0.0, *cuts]}
-        line_chart(charts, self.samples / "chunks.png")
-        return {"l1rel_by_step": curve, "chunk_cuts": cuts, "l1rel_prompt_share": between.tolist()}
-
-    def step_metrics(self, branch_at, rewards, gradient, weight):
-        """tempflow_grpo.py's credit by step, also as samples/steps.png.
-
-        rewards: (K, N, B). reward_std_by_step: std over the branches of a state, averaged [TF] figure 2. gradient,
-        weight: (K,) size of d logp / d velocity, and the steps' weights; logged without and with them, with mean 1.
-        """
-        spread, pull = rewards.std(2, correction=0).mean(1), gradient * weight
-        metrics = {"reward_std_by_step": spread, "gradient_by_step": gradient / gradient.mean()}
-        metrics |= {"gradient_by_step_weighted": pull / pull.mean()}
-        metrics = {name: values.tolist() for name, values in metrics.items()}
-        line_chart(metrics, self.samples / "steps.png", branch_at)
-        return {"branch_steps": branch_at} | metrics
-
-    def save(self):
-        """checkpoint.pt and lora/, written aside and renamed, so that a crash never leaves half a file."""
-        from safetensors import SafetensorError
-
-        state = {
-            "iteration": self.iteration,
-            "lora": self.policy.lora(),
-            "optimizer": self.optimizer.state_dict(),
-            "ema": self.ema.state_dict() if self.ema else None,
-            "counters": self.counters,
-        }
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        try:
-            with self.ema_weights():
-                self.policy.save_lora(self.folder / "lora.tmp")
-        except SafetensorError as error:  # its word for a full disk
-            raise OSError(str(error))
-        (self.folder / "lora").mkdir(exist_ok=True)
-        for file in (self.folder / "lora.tmp").iterdir():
-            os.replace(file, self.folder / "lora" / file.name)
-        (self.folder / "lora.tmp").rmdir()
-        write_atomically(self.folder / "checkpoint.pt", buffer.getbuffer())
-
-    def load(self):
-        """Take up the run where its checkpoint was made, or its start; later lines of metrics.jsonl are dropped."""
-        from peft import set_peft_model_state_dict
-
-        path, log, done = self.folder / "checkpoint.pt", self.folder / "metrics.jsonl", -1
-        try:
-            if path.exists():
-                state = torch.load(path, map_location="cpu", weights_only=True)
-                if {k: v.shape for k, v in state["lora"].items()} != {
-                    k: v.shape for k, v in self.policy.lora().items()
-                }:
-                    raise ValueError("its adapter is another model's")
-                set_peft_model_state_dict(self.policy.transformer, state["lora"])
-                self.optimizer.load_state_dict(state["optimizer"])
-                if self.ema:
-                    self.ema.load_state_dict(state["ema"])
-                    self.ema.to(self.policy.device)
-                self.iteration = done = state["iteration"]
-                self.images, self.policy.velocity_evals, self.skipped_updates, self.skipped_in_a_row = state["counters"]
-                self.counters = state["counters"]
-        except Exception as error:  # what a cut or foreign file raises is of many kinds
-            raise StopRun(f"{path} cannot be resumed from ({' '.join(str(error).split())[:150]}); start a new run")
-        if self.args.iterations < done:
-            raise StopRun(f"--iterations {self.args.iterations} is less than the {done} that {self.folder} has done")
-        kept = []
-        for line in log.read_text("utf-8", "replace").splitlines() if log.exists() else []:
-            with suppress(ValueError, KeyError, TypeError):  # half a last line
-                line = json.loads(line)
-                if line["iteration"] <= done:
-                    kept.append(line)
-        if kept and done < self.args.iterations and done % self.args.eval_every:
-            # it was evaluated as the last one, which it is no more
-            kept[-1] = {k: v for k, v in kept[-1].items() if not k.startswith("eval")}
-        write_atomically(log, "".join(json.dumps(line) + "\n" for line in kept).encode())
-
-    @contextmanager
-    def ema_weights(self):
-        """Inside, the averaged weights are in the model, if there are any: for evaluation and for lora/."""
-        if not self.ema:
-            yield
-            return
-        self.ema.store(self.policy.parameters)
-        self.ema.copy_to(self.policy.parameters)
-        try:
-            yield
-        finally:
-            self.ema.restore(self.policy.parameters)
-
-
-MAX_EVAL_PROMPTS = 64
-SHOWN = (
-    "reward_mean",
-    "eval_reward",
-    "ratio_first_error",
-    "clip_low",
-    "clip_high",
-    "kl_ref",
-    "grad_norm",
-    "skipped_updates",
-)
-
-
-def run_config(args):
-    """What config.json holds: every setting as used, versions, commit, command."""
-    import diffusers
-    import peft
-    import transformers
-
-    git, commit = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"], None
-    with suppress(OSError):  # no git here
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    return {
-        "script": Path(sys.argv[0]).stem,
-        "settings": dataclasses.asdict(args) | {"resume": None},
-        "prompts_sha256": prompts_hashes(args),
-        "versions": {m.__name__: m.__version__ for m in (torch, diffusers, transformers, peft)},
-        "commit": commit,
-        "command": " ".join(sys.argv),
-    }
-
-
-class Stats:
-    """Collects tensors over the updates of an iteration, without waiting for the device; averages them at the end."""
-
-    def __init__(self):
-        self.values = {}
-
-    def add(self, **values):
-        for name, value in values.items():
-            self.values.setdefault(name, []).append(value.detach().flatten())
-
-    def metrics(self, clip_range):
-        """Metrics of an iteration. Needs log_ratio and advantage, first_log_ratio and first_step; averages all others.
-
-        clip_low: share of ratios under 1 - clip_range with a negative advantage; clip_high: over 1 + clip_range with a
-        positive one. Those are the transitions whose gradient the clip cuts off. approx_kl: E[ratio - 1 - log ratio].
-        """
-        value = {name: torch.cat(parts).float().cpu() for name, parts in self.values.items()}
-        log_ratio, advantage, step = value.pop("log_ratio"), value.pop("advantage"), value.pop("first_step").long()
-        ratio, first_error = log_ratio.exp(), (value.pop("first_log_ratio").exp() - 1).abs().view(len(step), -1)
-        by_step = [first_error[step == n].max().item() for n in step.unique()]
-        return {
-            "ratio_mean": ratio.mean().item(),
-            "ratio_min": ratio.min().item(),
-            "ratio_max": ratio.max().item(),
-            "ratio_first_error": first_error.max().item(),
-            "ratio_first_error_by_step": by_step,
-            "clip_low": ((ratio < 1 - clip_range) & (advantage < 0)).float().mean().item(),
-            "clip_high": ((ratio > 1 + clip_range) & (advantage > 0)).float().mean().item(),
-            "approx_kl": (ratio - 1 - log_ratio).mean().item(),
-            **{name: values.mean().item() for name, values in value.items()},
-        }
-
-
-def write_atomically(path, data):
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_picture(sheet, path):
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    write_atomically(path, buffer.getbuffer())
-
-
-def finite(value):
-    """NaN and infinity as None, in lists and dicts too: JSON has no word for them."""
-    if isinstance(value, dict):
-        return {name: finite(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def picture_grid(images, captions, path, size=144, columns=8):
-    """Save images (B, 3, H, W) in [0, 1] as a grid, each with its caption below it."""
-    from diffusers.image_processor import VaeImageProcessor
-    from PIL import Image, ImageDraw
-
-    rows, pictures = -(-len(images) // columns), VaeImageProcessor.pt_to_numpy(images.clamp(0, 1))
-    sheet = Image.new("RGB", (columns * (size + 8), rows * (size + 44)), (235, 235, 235))
-    for n, (picture, caption) in enumerate(zip(VaeImageProcessor.numpy_to_pil(pictures), captions)):
-        x, y = n % columns * (size + 8) + 4, n // columns * (size + 44) + 4
-        filter = Image.Resampling.NEAREST if picture.width < size else Image.Resampling.LANCZOS
-        sheet.paste(picture.resize((size, size), filter), (x, y))
-        ImageDraw.Draw(sheet).text((x, y + size + 2), "\n".join(textwrap.wrap(caption, 24)[:3]), "black")
-    write_picture(sheet, path)
-
-
-def side_by_side(left, right, path):
-    from PIL import Image
-
-    pictures = [Image.open(left), Image.open(right)]
-    sheet = Image.new("RGB", (sum(p.width for p in pictures) + 24, max(p.height for p in pictures)), "grey")
-    sheet.paste(pictures[0], (0, 0))
-    sheet.paste(pictures[1], (pictures[0].width + 24, 0))
-    write_picture(sheet, path)
-
-
-def line_chart(series, path, labels=None, size=(520, 220)):
-    """Save {title: [values]} as charts over the steps, one below the other, each from 0 to its maximum."""
-    from PIL import Image, ImageDraw
-
-    width, height = size
-    sheet = Image.new("RGB", (width, height * len(series)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for n, (title, values) in enumerate(series.items()):
-        top, bottom, step = n * height + 30, (n + 1) * height - 30, (width - 80) / max(len(values) - 1, 1)
-        largest = max(values) or 1.0
-        points = [(50 + i * step, bottom - (bottom - top) * value / largest) for i, value in enumerate(values)]
-        draw.text((50, top - 24), f"{title} (largest {largest:.3g})", "black")
-        draw.line([(50, top), (50, bottom), (width - 30, bottom)], "grey")
-        draw.line(points, "blue", 2)
-        for i, (x, y) in enumerate(points):
-            draw.ellipse([x - 3, y - 3, x + 3, y + 3], "blue")
-            draw.text((x - 3, bottom + 6), str(labels[i] if labels else i), "black")
-    write_picture(sheet, path)
+            print(f"{row}ODE step, not trained", flush=True)
 
 
 def run_script(main, args_class, defaults):
     """Run a script's main; every end but a bug is one line on standard error and an exit status, no traceback."""
     try:
-        main(parse_args(args_class, defaults))
-    except torch.OutOfMemoryError:
-        used = torch.cuda.max_memory_allocated() / 1e9
-        sys.exit(
-            fail(
-                f"out of GPU memory, {used:.1f} GB were in use; lower --micro-batch or set --gradient-checkpointing", 1
-            )
-        )
-    except OSError as error:
-        where = f": {error.filename}" if error.filename else ""
-        sys.exit(fail(f"{error.strerror or error}{where}; the last checkpoint stands, see --resume", 1))
-    except KeyboardInterrupt:
-        sys.exit(fail("stopped", 130))
+        args = parse_args(args_class, defaults)
+        join_processes(args)
+        main(args)
     except Exception as error:
-        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
-            sys.exit(fail("out of memory; lower --micro-batch or the size of the batch, see --resume", 1))
-        if not hasattr(error, "exit_status"):
+        message, status = brief(error), getattr(error, "exit_status", 1)  # rewards' errors have one too
+        if isinstance(error, torch.OutOfMemoryError):
+            used = torch.cuda.max_memory_allocated() / 1e9
+            message = (
+                f"out of GPU memory, {used:.1f} GB were in use; lower --micro-batch or set --gradient-checkpointing"
+            )
+        elif isinstance(error, MemoryError) or "DefaultCPUAllocator" in message:
+            message = "out of memory; lower --micro-batch or the size of the batch, see --resume"
+        elif isinstance(error, OSError):
+            where = f": {error.filename}" if error.filename else ""
+            message = f"{error.strerror or error}{where}; the last checkpoint stands, see --resume"
+        elif not hasattr(error, "exit_status"):
             raise
-        sys.exit(fail(str(error), error.exit_status))
-
-
-def fail(message, exit_status):
-    print(("error: " if exit_status < 128 else "") + " ".join(message.split()), file=sys.stderr)
-    return exit_status
+        if RANK == 0 or status == 1:  # what stops one process alone is told by that one
+            print(("error: " if status < 128 else "") + " ".join(message.split()), file=sys.stderr)
+        sys.exit(status)

@@ -10,71 +10,71 @@ A transition is one random step of the sampler. Notation: common.py. Sources in 
 """
 
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
-from transformers.hf_argparser import HfArg
 
 import common
-from common import group_advantage, log_prob, noise_scale, sde_mean_std
+from common import group_advantage, log_prob, noise_scale, option, sde_mean_std
 from rewards import get_reward
+
+import torch
 
 
 @dataclass
 class Args:
-    prompts: str | None = HfArg(default=None, help="text file, one prompt a line; default: the tiny model's")
-    model: str | None = HfArg(default=None, help="diffusers repository or folder; default: SD3.5-Medium or tiny")
-    reward: str | None = HfArg(default=None, help="name or weighted sum; default: shapes for tiny, else pickscore")
-    output: str | None = HfArg(default=None, help="run folder; default: runs/<script>-<model>-<seed>-<time>")
-    resume: str | None = HfArg(default=None, help="run folder to go on with, with its settings and random state")
-    seed: int = HfArg(default=0, help="everything random follows from it")
-    iterations: int | None = HfArg(default=None, help="rollout-and-update rounds; default: by model")
-    # batch: all of it
-    prompts_per_iteration: int | None = HfArg(default=None, help="P; default: by model")
-    group_size: int | None = HfArg(default=None, help="G, images a prompt; default: by model")
-    updates_per_iteration: int = HfArg(default=2, help="U, optimizer steps a rollout, each on its share of the images")
-    micro_batch: int | None = HfArg(default=None, help="M, latents in one forward: time for memory; default: by model")
-    # rollout
-    steps: int | None = HfArg(default=None, help="T, sampling steps; default: by model")
-    guidance: float | None = HfArg(default=None, help="classifier-free guidance, off at 1; default: by model")
-    resolution: int | None = HfArg(default=None, help="pixels a side; default: by model")
-    noise_level: float | None = HfArg(
-        default=None, help="a of flow, eta of dance; default: 0.3 for dance, else by model"
+    """The command line. What is None depends on the model: DEFAULTS, below."""
+
+    prompts: str | None = option(None, "text file, one prompt a line; default: the tiny model's", group="run")
+    model: str | None = option(None, "diffusers repository or folder; default: SD3.5-Medium, or tiny without a GPU")
+    reward: str | None = option(None, "name or weighted sum; default: shapes for tiny, else pickscore")
+    output: str | None = option(None, "run folder; default: runs/SCRIPT-MODEL-SEED-TIME")
+    resume: str | None = option(None, "run folder to go on with, with its settings and random state")
+    seed: int = option(0, "everything random follows from it", high=2**31 - 1)
+    iterations: int | None = option(None, "rollout-and-update rounds", low=1)
+    prompts_per_iteration: int | None = option(None, "P", low=1, group="batch")
+    group_size: int | None = option(None, "G, images a prompt", low=2)
+    updates_per_iteration: int = option(2, "U, optimizer steps a rollout, each on its share of the images", low=1)
+    micro_batch: int | None = option(None, "M, latents in one forward: time for memory, nothing else", low=1)
+    steps: int | None = option(None, "T, sampling steps", low=2, high=1000, group="rollout")
+    sde_steps: str | None = option(None, "which are random and trained: all, a list 0,1,2, or how many are drawn")
+    sde: str = option("flow", "the random step: Flow-GRPO's, DanceGRPO's, Flow-CPS's", choices=("flow", "dance", "cps"))
+    noise_level: float | None = option(
+        None, "a or eta of --sde; 0.3 for dance, 0.8 for cps, for flow", low=1e-6, high=10
     )
-    sde: Literal["flow", "dance"] = HfArg(default="flow", help="noise scale of the steps: Flow-GRPO's or DanceGRPO's")
-    shared_noise: bool = HfArg(default=False, help="one initial noise for a whole group, as DanceGRPO has it")
-    # update
-    learning_rate: float | None = HfArg(default=None, help="of AdamW; default: by model")
-    clip_range: float | None = HfArg(default=None, help="c, the ratio is clipped to 1 +- c; default: by model")
-    adv_clip: float = HfArg(default=5.0, help="largest advantage")
-    adv_std: Literal["group", "batch"] = HfArg(default="group", help="what the advantage is divided by")
-    kl_coef: float = HfArg(default=0.0, help="beta, weight of the KL to the base model; 0 saves its forward passes")
-    max_grad_norm: float = HfArg(default=1.0, help="gradient norm is clipped to this")
-    ema_decay: float | None = HfArg(default=None, help="moving average of the adapter, off at 0; default: by model")
+    guidance: float | None = option(None, "classifier-free guidance, off at 1", high=100)
+    resolution: int | None = option(None, "pixels a side", low=8, high=8192)
+    shared_noise: bool = option(False, "one initial noise for a whole group, as DanceGRPO has it")
+    learning_rate: float | None = option(None, "of AdamW", low=1e-12, high=10, group="update")
+    clip_range: float | None = option(None, "c, the ratio is clipped to 1 +- c", low=1e-12, high=1)
+    adv_clip: float = option(5.0, "largest advantage", low=1e-6)
+    adv_std: str = option(
+        "group", "what the advantage is divided by: std of the group, or of all", choices=("group", "batch")
+    )
+    kl_coef: float = option(0.0, "beta, weight of the KL to the base model; 0 saves its forward passes")
+    max_grad_norm: float = option(1.0, "the gradient's norm is clipped to this", low=1e-12)
+    ema_decay: float | None = option(None, "moving average of the adapter, off at 0", high=0.999999)
     # GCPO: what is a chunk, and which of them are trained
-    chunks: str = HfArg(default="adaptive", help="adaptive, or the sizes, which add up to T - 1: 2,3,4")
-    chunk_max: int = HfArg(default=4, help="adaptive chunks are cut until no longer; [GC] gives no number")
-    chunk_fraction: float = HfArg(default=0.5, help="share of a trajectory's chunks that is trained, at least one")
-    weighted_sampling: bool = HfArg(default=False, help="draw chunks by their mean L1rel, not uniformly")
-    eval_hybrid: float = HfArg(default=1.0, help="evaluate with the adapter in this first share of steps; [GC]: 0.6")
-    # model
-    lora_rank: int | None = HfArg(default=None, help="default: by model")
-    lora_alpha: float | None = HfArg(default=None, help="default: by model")
-    dtype: Literal["float32", "bfloat16", "float16"] | None = HfArg(
-        default=None, help="of the frozen weights; default: bfloat16 on CUDA, float32 for tiny and on a CPU"
+    chunks: str | None = option(None, "adaptive, or the sizes, which add up to the random steps: 2,3,4", group="chunks")
+    chunk_max: int = option(4, "adaptive chunks are cut until no longer; [GC] gives no number", low=1, high=1000)
+    chunk_fraction: float | None = option(None, "share of a trajectory's chunks that is trained", low=1e-6, high=1)
+    weighted_sampling: bool = option(False, "draw chunks by their mean L1rel, not uniformly")
+    eval_hybrid: float = option(1.0, "evaluate with the adapter in this first share of steps", low=1e-6, high=1)
+    lora_rank: int | None = option(None, "of the adapter", low=1, high=4096, group="model")
+    lora_alpha: float | None = option(None, "of the adapter, which is scaled by alpha / rank", low=1e-6)
+    dtype: str | None = option(
+        None,
+        "of the frozen weights; default: bfloat16 on CUDA, float32 for tiny and on a CPU",
+        choices=tuple(common.DTYPES),
     )
-    device: str | None = HfArg(default=None, help="default: cuda if there is one, else cpu")
-    gradient_checkpointing: bool = HfArg(default=False, help="less memory in training, a third more time")
-    compile: bool = HfArg(default=False, help="torch.compile the transformer's blocks")
-    # evaluation and saving
-    eval_prompts: str | None = HfArg(default=None, help="text file; default: --prompts, held-out ones for tiny's own")
-    eval_every: int | None = HfArg(default=None, help="iterations between evaluations; default: by model")
-    eval_steps: int | None = HfArg(default=None, help="ODE steps of an evaluation; default: by model")
-    eval_seeds: int | None = HfArg(default=None, help="images a prompt in an evaluation; default: by model")
-    eval_reward: str | None = HfArg(default=None, help="held-out rewards to log beside the trained one")
-    reward_offload: bool = HfArg(default=False, help="move reward models to the CPU while they are not used")
-    save_every: int = HfArg(default=10, help="iterations between checkpoints")
-    wandb: str | None = HfArg(default=None, help="project to log to as well")
+    device: str | None = option(None, "default: cuda if there is one, else cpu")
+    gradient_checkpointing: bool = option(False, "less memory in training, a third more time")
+    compile: bool = option(False, "torch.compile the transformer's blocks")
+    eval_prompts: str | None = option(None, "default: held-out ones for tiny's own, else --prompts", group="evaluation")
+    eval_every: int | None = option(None, "iterations between evaluations", low=1)
+    eval_steps: int | None = option(None, "ODE steps of an evaluation", low=1, high=1000)
+    eval_seeds: int | None = option(None, "images a prompt in an evaluation", low=1, high=10000)
+    eval_reward: str | None = option(None, "held-out rewards to log beside the trained one")
+    reward_offload: bool = option(False, "move reward models to the CPU while they are not used")
+    save_every: int = option(10, "iterations between checkpoints", low=1)
+    wandb: str | None = option(None, "project to log to as well; needs the package wandb")
 
 
 # Settings that depend on the model: [FG]'s for SD3; for tiny what tuning found (README.md). micro_batch: as many as
@@ -82,129 +82,174 @@ class Args:
 DEFAULTS = {
     "tiny": dict(
         iterations=80, prompts_per_iteration=8, group_size=12,
-        micro_batch=48, steps=10, guidance=1.0, resolution=32, noise_level=0.7,
+        micro_batch=48, steps=10, sde_steps="all", guidance=1.0, resolution=32, noise_level=0.7,
         learning_rate=2e-3, clip_range=1e-3, ema_decay=0.0, lora_rank=16, lora_alpha=32.0,
-        eval_every=10, eval_steps=10, eval_seeds=4,
+        chunks="adaptive", chunk_fraction=0.5, eval_every=10, eval_steps=10, eval_seeds=4,
     ),
     "sd3": dict(
         iterations=1000, prompts_per_iteration=48, group_size=24,
-        micro_batch=2, steps=10, guidance=4.5, resolution=512, noise_level=0.7,
+        micro_batch=2, steps=10, sde_steps="all", guidance=4.5, resolution=512, noise_level=0.7,
         learning_rate=3e-4, clip_range=1e-4, ema_decay=0.9, lora_rank=32, lora_alpha=64.0,
-        eval_every=30, eval_steps=40, eval_seeds=1,
+        chunks="adaptive", chunk_fraction=0.5, eval_every=30, eval_steps=40, eval_seeds=1,
     ),
     "flux": dict(  # [GC]'s for FLUX.1-dev, which has --shared-noise and trains all weights; LoRA as [DG]
         iterations=150, prompts_per_iteration=24, group_size=12,
-        micro_batch=1, steps=17, guidance=3.5, resolution=720, noise_level=0.7,
+        micro_batch=1, steps=17, sde_steps="all", guidance=3.5, resolution=720, noise_level=0.7,
         learning_rate=3e-4, clip_range=5e-5, ema_decay=0.0, lora_rank=128, lora_alpha=256.0,
-        eval_every=30, eval_steps=50, eval_seeds=1,
+        chunks="adaptive", chunk_fraction=0.5, eval_every=30, eval_steps=50, eval_seeds=1,
     ),
     "flux2": dict(  # in no paper: as SD3, with the pipeline's own guidance and evaluation steps
         iterations=1000, prompts_per_iteration=48, group_size=24,
-        micro_batch=1, steps=10, guidance=4.0, resolution=512, noise_level=0.7,
+        micro_batch=1, steps=10, sde_steps="all", guidance=4.0, resolution=512, noise_level=0.7,
         learning_rate=3e-4, clip_range=1e-4, ema_decay=0.9, lora_rank=32, lora_alpha=64.0,
-        eval_every=30, eval_steps=50, eval_seeds=1,
+        chunks="adaptive", chunk_fraction=0.5, eval_every=30, eval_steps=50, eval_seeds=1,
     ),
 }  # fmt: skip
 
 
 @torch.no_grad()
-def rollout(policy, text, owner, noise, sigmas, s, progress=lambda steps: steps):
-    """Sample images with the SDE and keep the way there.
+def rollout(policy, text, owner, noise, sigmas, s, sde, chosen, progress=lambda steps, label: steps):
+    """Sample images, with the SDE at the chosen steps and the ODE at all others, and keep the random transitions.
 
     text: from policy.encode; owner: (N,) the row of text of each image; noise: T draws (N, C, H, W), the first is the
-    initial latent; sigmas: (T + 1,); s: (T - 1,) noise scales; progress: puts a bar around the steps. Returns x and
-    x_next (T - 1, N, C, H, W), the states before and after each stochastic transition, its logp (T - 1, N) under the
-    policy that made it, and the final latents (N, C, H, W).
+    initial latent; sigmas: (T + 1,); s: (T - 1,) noise scales; sde: of sde_mean_std; chosen: K steps in rising order;
+    progress: puts a bar around the steps. Returns x and x_next (K, N, C, H, W), the states before and after each random
+    transition, its logp (K, N) under the policy that made it, and the final latents (N, C, H, W).
     """
-    x, logp = [noise[0]], []
-    for step in progress(range(len(s))):
-        velocity = policy.velocity_in_micro_batches(x[step], sigmas[step], text, owner)
-        mean, std = sde_mean_std(x[step], velocity, sigmas[step], sigmas[step + 1], s[step])
-        x.append(mean + std * noise[step + 1])
-        logp.append(log_prob(x[step + 1], mean, std))
-    # The last step is the ODE's: it adds no noise, has no log-prob and is never trained.
-    latents = common.ode_sample(policy, x[-1], text, owner, sigmas[-2:])
-    x = torch.stack(x)
-    return x[:-1], x[1:], torch.stack(logp), latents
+    latents, x, x_next, logp = noise[0], [], [], []
+    for step in progress(range(len(sigmas) - 1), "rollout"):
+        velocity = policy.velocity_in_micro_batches(latents, sigmas[step], text, owner)
+        if step in chosen:
+            mean, std = sde_mean_std(latents, velocity, sigmas[step], sigmas[step + 1], s[step], sde)
+            x.append(latents)
+            x_next.append(mean + std * noise[step + 1])
+            logp.append(log_prob(x_next[-1], mean, std))
+            latents = x_next[-1]
+        else:  # the ODE's: no noise, no log-prob, never trained; the last step always is one, or noise would be left
+            latents = latents - (sigmas[step] - sigmas[step + 1]) * velocity
+    return torch.stack(x), torch.stack(x_next), torch.stack(logp), latents
 
 
-def transition_logp(policy, text, owner, levels, x, x_next, step, image):
+def transition_logp(policy, text, owner, levels, sde, x, x_next, step, image):
     """Log-prob of stored transitions under the policy as it is now.
 
-    text, owner: as in rollout; levels: sigma, sigma_next and s, (T - 1,) each; x, x_next: (T - 1, N, C, H, W) states
+    text, owner, sde: as in rollout; levels: sigma, sigma_next and s, (K,) each; x, x_next: (K, N, C, H, W) states
     before and after each transition; step, image: (M,) which transitions. Returns logp (M,), and the Gaussian's mean
     (M, C, H, W) and std (M, 1, 1, 1).
     """
     sigma, sigma_next, scale = (level[step] for level in levels)
     velocity = policy.velocity(x[step, image], sigma, text, owner[image])
-    mean, std = sde_mean_std(x[step, image], velocity, sigma, sigma_next, scale)
+    mean, std = sde_mean_std(x[step, image], velocity, sigma, sigma_next, scale, sde)
     return log_prob(x_next[step, image], mean, std), mean, std
 
 
 # GCPO: where a trajectory is cut, and which chunks are trained
+def parse_chunks(args, sde_steps, drawn):
+    """--chunks: None for adaptive, or the list of sizes, which must add up to the random steps: consecutive ones."""
+    K = len(sde_steps)
+    if drawn != K or sde_steps[-1] - sde_steps[0] != K - 1:
+        raise common.StopRun(f"--sde-steps {args.sde_steps} must be consecutive steps here, which chunks are cut of")
+    if args.chunks == "adaptive":
+        return None
+    try:
+        sizes = [int(size) for size in args.chunks.split(",")]
+    except ValueError:
+        raise common.StopRun(f"--chunks {args.chunks!r} is neither adaptive nor a list of sizes; write --chunks 2,3,4")
+    if min(sizes) < 1 or sum(sizes) != K:
+        raise common.StopRun(
+            f"--chunks {args.chunks} adds up to {sum(sizes)}; sizes from 1 on must add up to {K}, the random steps"
+        )
+    return sizes
+
+
 def adaptive_chunks(l1rel, longest, order=1):
     """Sizes of the chunks of consecutive steps whose derivative of L1rel has the same sign, [GC] section 4.3.
 
-    l1rel: (n,) tensor. A step has the sign of the order-th difference that ends at it; a zero keeps the sign before,
-    the first steps take the first sign there is. A sign that never changes splits at the midpoint. Chunks of more than
-    `longest` are cut again, by the next order. ([GC] tells no edges and no `longest`; its code has fixed sizes only.)
-    Example: 9 8 6 7 9, longest 3: differences -1 -2 1 2 give signs - - - + +, so sizes [3, 2].
+    l1rel: (n,) tensor. A step has the sign of the order-th difference that ends at it; a zero (up to rounding) keeps
+    the sign before, the first steps take the first sign there is. A sign that never changes splits at the midpoint,
+    rounded down. Chunks of more than `longest` are cut again, by the next order. ([GC] tells no edges and no `longest`;
+    its code has fixed sizes only.) Example: 9 8 6 7 9, longest 3: differences -1 -2 1 2 give signs - - - + +, so sizes
+    [3, 2].
     """
     if len(l1rel) <= longest:
         return [len(l1rel)]
-    differences = torch.diff(l1rel, order).sign().tolist()
-    signs = [next(filter(None, differences), 0.0)] * order
-    for sign in differences:
+    differences = torch.diff(l1rel.double(), order)
+    differences[differences.abs() < 1e-5 * l1rel.abs().max()] = 0
+    signs = [next(filter(None, differences.sign().tolist()), 0.0)] * order
+    for sign in differences.sign().tolist():
         signs.append(sign or signs[-1])
     cuts = [i for i in range(1, len(signs)) if signs[i] != signs[i - 1]] or [len(l1rel) // 2]
     return sum((adaptive_chunks(piece, longest, order + 1) for piece in l1rel.tensor_split(cuts)), [])
 
 
-def draw_chunks(l1rel, sizes, fraction, weighted, generator):
+def draw_chunks(l1rel, sizes, fraction, weighted, dice):
     """Draw chunks of a trajectory without replacement, uniformly or by their mean L1rel [GC] eq. 17.
 
-    l1rel: (T - 1,); sizes: K of them. Returns (T - 1, T - 1): 1 / size where two steps share a drawn chunk, else 0.
+    l1rel: (K,); sizes: those of its chunks; dice: (K,) exponentially distributed numbers, of which each chunk has one:
+    the largest weight / number are drawn, as torch.multinomial does it. Returns (K, K): 1 / size where two steps share
+    a drawn chunk, else 0.
     """
     weight = torch.stack([piece.mean() if weighted else torch.ones(()) for piece in l1rel.split(sizes)])
-    drawn = weight.multinomial(max(1, int(fraction * len(sizes) + 0.5)), generator=generator).tolist()
+    drawn = (weight / dice[: len(sizes)]).topk(max(1, int(fraction * len(sizes) + 0.5))).indices.tolist()
     return torch.block_diag(*(torch.full((n, n), (j in drawn) / n) for j, n in enumerate(sizes)))
 
 
+def chunk_metrics(l1rel, chunks, group_size, path):
+    """What the chunks were, also as a chart. l1rel: (N, K), chunks: N lists of sizes.
+
+    chunk_cuts: share of trajectories with a cut before each step but the first. l1rel_prompt_share: share of the
+    variance of L1rel that lies between prompts, 1 / group_size by chance if the curve does not depend on them.
+    """
+    cut = torch.zeros_like(l1rel)
+    for row, sizes in zip(cut, chunks):
+        row[torch.tensor(sizes).cumsum(0)[:-1]] = 1
+    l1rel, cut = (common.gather(rows.unflatten(0, (-1, group_size))) for rows in (l1rel, cut))  # (P, G, K)
+    between = l1rel.mean(1).var(0, correction=0) / l1rel.var((0, 1), correction=0)
+    curve, cuts = l1rel.mean((0, 1)).tolist(), cut.mean((0, 1)).tolist()
+    charts = {"mean L1rel of the random steps": curve, "share of trajectories cut before the step": cuts}
+    common.plot({title: {"": list(enumerate(values))} for title, values in charts.items()}, "random step", path)
+    return {"l1rel_by_step": curve, "chunk_cuts": cuts[1:], "l1rel_prompt_share": between.tolist()}
+
+
 def main(args):
-    sizes = common.parse_chunks(args)  # GCPO
     P, G, U = args.prompts_per_iteration, args.group_size, args.updates_per_iteration
-    N = common.settle_batch(args, P * G, G)
-    reward, eval_reward = common.prepare_rewards(args, get_reward)
+    N = common.split_batch(args, G)  # images an iteration
+    sde_steps, drawn = common.parse_sde_steps(args)
+    sizes = parse_chunks(args, sde_steps, drawn)  # GCPO
+    reward, eval_reward = common.load_rewards(args, get_reward)
     prompts = common.read_prompts(args.prompts)
 
-    policy = common.Policy(args, latents=3 * args.steps * N)
+    policy = common.make_policy(args, trajectories=N)
     optimizer = torch.optim.AdamW(policy.parameters, args.learning_rate, weight_decay=0.0)
     sigmas = policy.sigmas(args.steps)
     s = noise_scale(sigmas, args.sde, args.noise_level)  # (T - 1,)
-    levels = sigmas[:-2], sigmas[1:-1], s  # sigma, sigma_next and s of every stochastic step
+    all_levels = sigmas[:-2], sigmas[1:-1], s
     owner = torch.arange(N, device=policy.store) // G  # (N,) the prompt of each image
-    common.print_plan(args, N, sigmas, s)
+    common.print_plan(args, N, sigmas, s, sde_steps)
 
     with common.Run(args, policy, optimizer, reward, eval_reward) as run:
         for iteration in run.iterations():
             # rollout
             with run.phase("rollout"):
-                batch = common.iteration_prompts(prompts, P, iteration, args.seed)
+                batch = common.share(common.iteration_prompts(prompts, P, iteration, args.seed))
                 text = policy.encode(batch)
+                chosen = common.iteration_steps(sde_steps, drawn, iteration, args.seed)  # K steps
+                levels = [level[chosen] for level in all_levels]  # sigma, sigma_next, s: (K,)
                 generator = common.generator(args.seed, "noise", iteration)
-                noise = [policy.noise(N, generator) for _ in range(args.steps)]
+                noise = [policy.noise(P, G, generator) for _ in range(args.steps)]
                 if args.shared_noise:
                     noise[0] = noise[0][owner * G]
-                progress = run.progress("rollout")
-                x, x_next, old_logp, latents = rollout(policy, text, owner, noise, sigmas, s, progress)
-
+                sampled = rollout(policy, text, owner, noise, sigmas, s, args.sde, chosen, run.progress)
+                x, x_next, old_logp, latents = sampled
                 # GCPO: how much each step changes the latent, where that cuts it, and which chunks are trained
-                l1rel = ((x_next - x).flatten(2).norm(1, 2) / x.flatten(2).norm(1, 2)).T.cpu()  # (N, T - 1)
+                l1rel = ((x_next - x).flatten(2).norm(1, 2) / x.flatten(2).norm(1, 2)).T.cpu()  # (N, K)
                 chunks = [sizes or adaptive_chunks(curve, args.chunk_max) for curve in l1rel]
-                options = args.chunk_fraction, args.weighted_sampling, generator
-                average = torch.stack([draw_chunks(*trajectory, *options) for trajectory in zip(l1rel, chunks)])
-                average = average.to(x.device)  # (N, T - 1, T - 1)
-                own = average.diagonal(dim1=1, dim2=2)  # (N, T - 1) 1 / size of a step's chunk, 0 if not trained
+                dice = common.share(torch.empty(P, G, len(x)).exponential_(generator=generator)).flatten(0, 1)
+                options = args.chunk_fraction, args.weighted_sampling
+                drawn_chunks = [draw_chunks(*one, *options, numbers) for *one, numbers in zip(l1rel, chunks, dice)]
+                mates = torch.stack(drawn_chunks)
+                mates = mates.to(x.device)  # (N, K, K) 1 / size where two steps share a drawn chunk, else 0
+                own = mates.diagonal(dim1=1, dim2=2)  # (N, K) 1 / size of a step's chunk, 0 if it is not trained
                 count = own.sum(1).round()  # (N,) chunks trained
 
             # reward
@@ -225,14 +270,14 @@ def main(args):
                     step, image = own[part].T.nonzero().T
                     image, new_logp = part[image], old_logp.clone()
                     others = (own[image, step] < 1).nonzero()[:, 0] if update > 0 else ()
-                    for start in range(0, len(others), args.micro_batch):
-                        mb = others[start : start + args.micro_batch]
+                    for start in range(0, len(others), policy.micro_batch):
+                        mb = others[start : start + policy.micro_batch]
                         with torch.no_grad():
-                            found = transition_logp(policy, text, owner, levels, x, x_next, step[mb], image[mb])
-                        new_logp[step[mb], image[mb]] = found[0]
-                    micro_batches = list(zip(step.split(args.micro_batch), image.split(args.micro_batch)))
-                    for mb_step, mb_image in run.progress("update")(micro_batches):
-                        transitions = (text, owner, levels, x, x_next, mb_step, mb_image)
+                            now = transition_logp(policy, text, owner, levels, args.sde, x, x_next, step[mb], image[mb])
+                        new_logp[step[mb], image[mb]] = now[0]
+                    micro_batches = list(zip(step.split(policy.micro_batch), image.split(policy.micro_batch)))
+                    for mb_step, mb_image in run.progress(micro_batches, "update"):
+                        transitions = (text, owner, levels, args.sde, x, x_next, mb_step, mb_image)
                         logp, mean, std = transition_logp(policy, *transitions)
                         # In the first update the ratio is 1, exactly: no weight has changed since the rollout, and
                         # policy.velocity gives every batch one shape. Its gradient is not 0 but A * grad log p. Another
@@ -240,12 +285,14 @@ def main(args):
                         log_ratio = logp - old_logp[mb_step, mb_image]
                         if update == 0:
                             stats.add(first_log_ratio=log_ratio, first_step=mb_step)
+                        mb_advantage = advantage[mb_image]
                         # GCPO: the chunk's ratio, a geometric mean. Only this step's log-prob is live in it: the sum
                         # over steps is the whole gradient, and memory does not grow with the chunk. At ratio 1 a step
                         # weighs 1 / (J size), J chunks drawn: of [2, 3, 4, 7] the first two 3.5 times the last seven.
-                        log_ratios = (new_logp - old_logp).T[mb_image].scatter(1, mb_step[:, None], log_ratio[:, None])
-                        log_ratio = (log_ratios * average[mb_image, mb_step]).sum(1)
-                        mb_advantage = advantage[mb_image]
+                        new_logp[mb_step, mb_image] = logp.detach()
+                        log_ratios = (new_logp - old_logp)[:, mb_image].T  # (M, K) of all steps, as numbers
+                        log_ratio = (mates[mb_image, mb_step] * log_ratios).sum(1)
+                        log_ratio = log_ratio + own[mb_image, mb_step] * (logp - logp.detach())  # 0, with a gradient
                         ratio = log_ratio.exp()
                         clipped = ratio.clamp(1 - args.clip_range, 1 + args.clip_range)
                         loss = torch.maximum(-mb_advantage * ratio, -mb_advantage * clipped)  # (M,)
@@ -255,23 +302,18 @@ def main(args):
                             kl = ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(1)
                             loss = loss + args.kl_coef * kl * own[mb_image, mb_step]  # GCPO: the chunk's mean
                             stats.add(kl_ref=kl)
-                        (loss / count[mb_image]).sum().div(len(part)).backward()  # GCPO: mean of chunks, then of images
+                        policy.backward((loss / count[mb_image]).sum() / len(part))  # GCPO: mean of chunks, then images
                         stats.add(loss=loss, log_ratio=log_ratio, advantage=mb_advantage)
-                    stats.add(grad_norm=run.update())
+                    grad_norm = policy.clip_gradients(args.max_grad_norm)
+                    if run.can_step(grad_norm):
+                        optimizer.step()
+                        policy.update_average()
+                    optimizer.zero_grad()
+                    stats.add(grad_norm=grad_norm)
 
             # log
-            run.images += len(latents)
-            run.log(
-                {
-                    "iteration": iteration,
-                    "reward_mean": rewards.mean().item(),
-                    "reward_std": rewards.std().item(),
-                    **{f"reward/{name}": scores.mean().item() for name, scores in parts.items()},
-                    "zero_std_groups": zero_std_groups,
-                    **stats.metrics(args.clip_range),
-                    **run.chunk_metrics(l1rel, chunks, G),  # GCPO
-                }
-            )
+            chunk_stats = chunk_metrics(l1rel, chunks, G, run.folder / "samples" / "chunks.png")  # GCPO
+            run.log(iteration, rewards, parts, zero_std_groups, stats, **chunk_stats)
 
 
 if __name__ == "__main__":

@@ -119,9 +119,9 @@ def make_policy(args, dtype, **settings):
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
-    import diffusers
-
     import small_pipelines
+
+    import diffusers
 
     diffusers.utils.logging.set_verbosity_error()
     before = torch.get_default_dtype()

@@ -4,9 +4,9 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-import pytest
-
 from conftest import ROOT, cli, metrics, small
+
+import pytest
 
 # options; what the line must say. {tmp} is a folder with the files that `files` makes
 SHARED = [

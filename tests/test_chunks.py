@@ -3,10 +3,10 @@
 import random
 from collections import Counter
 
+from gcpo import adaptive_chunks, draw_chunks
+
 import pytest
 import torch
-
-from gcpo import adaptive_chunks, draw_chunks
 
 CURVES = [
     # longest, curve, sizes, and why: the sign of each step

@@ -4,13 +4,13 @@ import importlib.util
 import re
 import subprocess
 
-import pytest
-import torch
-
 import common
 from conftest import ROOT, gradients, metrics, put_weights, relative_error
 from test_gradients import OPTIONS, clipped, naive_logp
 from test_readme import README
+
+import pytest
+import torch
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,12 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-import torch
-
 import common
 import rewards
 from conftest import ROOT, SCRIPTS, assert_same_run, metrics, run_main, slow, small, state
+
+import pytest
+import torch
 
 PRELOAD = ["conftest", *SCRIPTS, "peft", "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3"]
 

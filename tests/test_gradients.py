@@ -1,13 +1,13 @@
 """The loops of the scripts, run for real in float64, against the algorithms written out naively."""
 
-import pytest
-import torch
-from torch.distributions import Normal
-
 import gcpo
 import grpo
 import tempflow_grpo
 from conftest import gradients, metrics, put_weights, relative_error
+
+import pytest
+import torch
+from torch.distributions import Normal
 
 
 def naive_logp(policy, text, owner, x, x_next, sigmas, s, step, n, row=None):

@@ -2,12 +2,12 @@
 
 import random
 
-import pytest
-import torch
-
 from common import group_advantage, log_prob, noise_scale, sde_mean_std
 from gcpo import adaptive_chunks, draw_chunks
 from tempflow_grpo import step_weights
+
+import pytest
+import torch
 
 ROUNDS = 300
 

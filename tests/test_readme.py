@@ -6,10 +6,10 @@ import shlex
 import subprocess
 import sys
 
-import pytest
-
 import study
 from conftest import ROOT, SCRIPTS, cli, here, metrics, small
+
+import pytest
 
 README = (ROOT / "README.md").read_text("utf-8")
 FENCED = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.S | re.M)

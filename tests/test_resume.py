@@ -3,11 +3,11 @@
 import json
 import shutil
 
+from conftest import SCRIPTS, here, metrics, small
+
 import pytest
 import torch
 from safetensors.torch import load_file
-
-from conftest import SCRIPTS, here, metrics, small
 
 LORA = "lora/pytorch_lora_weights.safetensors"
 EXTRA = {"grpo": "--kl-coef 0.01", "gcpo": "--weighted-sampling", "tempflow_grpo": "--branch-steps 2"}

@@ -2,16 +2,16 @@
 
 import json
 
+import common
+import gcpo
+import grpo
+from conftest import SCRIPTS, here, metrics, small
+
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 from safetensors.torch import load_file
-
-import common
-import gcpo
-import grpo
-from conftest import SCRIPTS, here, metrics, small
 
 VARIANTS = [
     *(

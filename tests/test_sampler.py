@@ -2,12 +2,12 @@
 
 import itertools
 
+import common
+import grpo
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-
-import common
-import grpo
 
 
 def sd3_sigmas(steps):

@@ -9,13 +9,13 @@ import subprocess
 import sys
 import time
 
+import study
+from conftest import ROOT, metrics, small
+
 import pytest
 import torch
 from PIL import Image, ImageStat
 from torch.distributions import StudentT
-
-import study
-from conftest import ROOT, metrics, small
 
 OPTIONS = " ".join(["--iterations 8", *small("grpo")])
 PROGRAM = """

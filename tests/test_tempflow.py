@@ -1,14 +1,14 @@
 """tempflow_grpo.py's weights, and what its grouping does to the advantages."""
 
-import pytest
-import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-
 import common
 import tempflow_grpo
 from conftest import metrics
 from tempflow_grpo import step_weights
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 
 def levels(sigmas, kind, level):
