@@ -1119,11 +1119,12 @@ def prompts_hashes(args):
 def parse_sde_steps(args):
     """--sde-steps: the steps that may be random, and how many of them an iteration takes.
 
-    "0,1,2" are those three, "3" is three steps drawn in each iteration, "3," is step 3.
+    "early" is the first half of --steps, "0,1,2" are those three, "3" is three drawn in each iteration, "3," is step 3.
     """
     spec, every = args.sde_steps, list(range(args.steps - 1))
-    if spec == "all":
-        return every, len(every)
+    if spec in ("all", "early"):
+        steps = every if spec == "all" else every[: args.steps // 2]
+        return steps, len(steps)
     with suppress(ValueError):
         numbers = [int(part) for part in spec.rstrip(",").split(",")]
         if "," in spec and sorted(set(numbers)) == numbers and set(numbers) <= set(every):
@@ -1131,7 +1132,7 @@ def parse_sde_steps(args):
         if "," not in spec and 1 <= numbers[0] <= len(every):
             return every, numbers[0]
     raise StopRun(
-        f"--sde-steps {spec} is neither all, nor a rising list within 0 to {every[-1]} such as 0,1,2, nor how "
+        f"--sde-steps {spec} is neither all, early, nor a rising list within 0 to {every[-1]} such as 0,1,2, nor how "
         f"many are drawn; step {args.steps - 1}, the last, is always the ODE's"
     )
 
