@@ -79,8 +79,8 @@ class Args:
     wandb: str | None = option(None, "project to log to as well; needs the package wandb")
 
 
-# Settings that depend on the model, as in grpo.py; for FLUX.1 steps, noise, clip range and evaluation are [GC]'s, with a
-# LoRA as [DG] has it. [GC] trains half of the chunks; tiny trains all of its few.
+# Settings that depend on the model, as in grpo.py; steps, noise, clip range and evaluation of FLUX.1 are from [GC], with
+# a LoRA as [DG] has it. [GC] trains half of the chunks; tiny trains all of its few.
 DEFAULTS = {
     "tiny": dict(
         iterations=120, prompts_per_iteration=8, group_size=12, micro_batch=48,
