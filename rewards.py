@@ -14,6 +14,7 @@ arguments, and "my_file.py:my_function" is a reward of your own. REWARDS, below,
 import ast
 import base64
 import contextlib
+import functools
 import importlib.util
 import inspect
 import io
@@ -63,10 +64,19 @@ def to_pictures(images):
     return [Image.fromarray(array) for array in arrays]
 
 
-def batches(images, prompts, size):
-    """Yields (pictures, prompts) of at most `size` each."""
-    for n in range(0, len(prompts), size):
-        yield to_pictures(images[n : n + size]), prompts[n : n + size]
+def in_batches(score):
+    """Decorates a function (PIL pictures, prompts, ...) -> scores: now a reward, it gets at most `batch` at a time."""
+
+    @functools.wraps(score)
+    def reward(*args, **kwargs):
+        given = inspect.signature(score).bind(*args, **kwargs)
+        given.apply_defaults()
+        images, prompts, *more = given.args
+        parts = [slice(n, n + given.arguments["batch"]) for n in range(0, len(prompts), given.arguments["batch"])]
+        scores = [score(to_pictures(images[part]), prompts[part], *more) for part in parts]
+        return torch.cat([torch.as_tensor(part, dtype=torch.float32, device="cpu") for part in scores])
+
+    return reward
 
 
 def encoded(picture, **options):
@@ -92,27 +102,23 @@ def jpeg_compressibility(images, prompts):
 LOADED = {}  # (loader's name, device, source, ...) -> (module, ...): rewards that need the same model share it
 
 
-def loader(*files):
-    """Decorates a function (source, ..., device) -> (module, ...), which then loads each source once.
+def loader(load):
+    """Decorates a function (source, ..., device) -> (module, ...): it loads once, and its module is on the device.
 
-    files: one for each source, which it has where it is a repository. Whatever goes wrong becomes a RewardError, with
-    what stands before the colon in the function's docstring. The module comes back on the device.
+    Whatever goes wrong becomes a RewardError, with what stands before the colon in the function's docstring.
     """
 
-    def decorate(load):
-        def load_once(*sources, device=None):
-            device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-            key = (load.__name__, device, *sources)
-            if key not in LOADED:
-                with told(f"{' with '.join(sources) or 'it'} cannot be loaded as {load.__doc__.split(':')[0]}"):
-                    LOADED[key] = load(*sources, device)
-            module, *rest = LOADED[key]
-            return module.to(device), *rest
+    @functools.wraps(load)
+    def load_once(*sources, device=None):
+        device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        key = (load.__name__, device, *sources)
+        if key not in LOADED:
+            with told(f"{' with '.join(sources) or 'it'} cannot be loaded as {load.__doc__.split(':')[0]}"):
+                LOADED[key] = load(*sources, device)
+        module, *rest = LOADED[key]
+        return module.to(device), *rest
 
-        load_once.files = files
-        return load_once
-
-    return decorate
+    return load_once
 
 
 def frozen(model, device, half=torch.float16):
@@ -123,15 +129,18 @@ def frozen(model, device, half=torch.float16):
 
 def load_pretrained(kind, source, **options):
     """A model of a class of transformers. ValueError where the source lacks weights: they would be made up."""
-    model, info = kind.from_pretrained(source, output_loading_info=True, **options)
-    lacking = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
+    from transformers import logging
+
+    logging.set_verbosity_error()  # what it lacks is told here
+    model, info = kind.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    lacking = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
     if lacking:
         raise ValueError(f"it has no weights for {lacking[0]} and {len(lacking) - 1} more")
     return model
 
 
 def load_weights(source, name):
-    """{key: tensor} of a file: `source` itself, or in a repository or folder `name`, or a folder's only other weights."""
+    """{key: tensor} of a file: `source` itself, or `name` in a repository or folder, or a folder's only other weights."""
     from huggingface_hub import hf_hub_download
     from safetensors.torch import load_file
 
@@ -153,7 +162,7 @@ AESTHETIC = "trl-lib/ddpo-aesthetic-predictor"  # sac+logos+ava1-l14-linearMSE.p
 _cut = set()  # text lengths for which it was said that prompts are cut
 
 
-@loader("config.json")
+@loader
 def load_clip(source, device):
     """a CLIP model (transformers' CLIPModel): (model, tokenizer, image processor, logit scale)"""
     from transformers import AutoTokenizer, CLIPModel
@@ -187,17 +196,11 @@ def embed_pictures(pictures, model, processor):
     return F.normalize(model.get_image_features(pixel_values=pixels).pooler_output.float(), dim=-1)
 
 
-def clipscore(images, prompts, model=CLIP, batch=16, device=None):
-    """Cosine of image and prompt in CLIP, in [-1, 1], about 0.1 to 0.35 (CLIPScore, arXiv 2104.08718, without its 2.5).
-
-    model: repository or folder of a CLIP with tokenizer and image processor.
-    """
+@in_batches
+def clipscore(pictures, prompts, model=CLIP, batch=16, device=None):
+    """Cosine of image and prompt in CLIP, in [-1, 1], about 0.1 to 0.35 (CLIPScore, arXiv 2104.08718, without its 2.5)."""
     clip, tokenizer, processor, _ = load_clip(model, device=device)
-    scores = []
-    for pictures, texts in batches(images, prompts, batch):
-        image, text = embed_pictures(pictures, clip, processor), embed_texts(texts, clip, tokenizer)
-        scores.append((image * text).sum(1).cpu())  # each image with its own prompt
-    return torch.cat(scores)
+    return (embed_pictures(pictures, clip, processor) * embed_texts(prompts, clip, tokenizer)).sum(1)
 
 
 def pickscore(images, prompts, model=PICKSCORE, batch=16, device=None):
@@ -206,7 +209,7 @@ def pickscore(images, prompts, model=PICKSCORE, batch=16, device=None):
     return clipscore(images, prompts, model, batch, device) * scale / 26
 
 
-@loader("aesthetic-model.pth")
+@loader
 def load_aesthetic(source, device):
     """the aesthetic predictor (layers.0, 2, 4, 6 and 7 of 768-1024-128-64-16-1): (network,)"""
     network = torch.nn.Sequential(
@@ -218,19 +221,18 @@ def load_aesthetic(source, device):
     return (frozen(network, device, torch.float32),)
 
 
-def aesthetic(images, prompts, model=AESTHETIC, clip=CLIP, batch=16, device=None):
+@in_batches
+def aesthetic(pictures, prompts, model=AESTHETIC, clip=CLIP, batch=16, device=None):
     """LAION's aesthetic predictor v2, about 1 to 10 (github.com/christophschuhmann/improved-aesthetic-predictor).
 
-    A small network on the normalised image embedding of CLIP L/14; prompts are not read. model: its repository, file or
-    folder. clip: repository or folder of CLIP.
+    A small network on the normalised image embedding of CLIP L/14; prompts are not read. model: also a file.
     """
     (network,) = load_aesthetic(model, device=device)
     clip, _, processor, _ = load_clip(clip, device=device)
-    embeddings = [embed_pictures(pictures, clip, processor) for pictures, _ in batches(images, prompts, batch)]
-    return network(torch.cat(embeddings))[:, 0].cpu()
+    return network(embed_pictures(pictures, clip, processor))[:, 0]
 
 
-@loader("HPS_v2.1_compressed.pt")
+@loader
 def load_hpsv2(source, device):
     """HPS_v2.1_compressed.pt, of open_clip's ViT-H-14: (model, image transform, tokenizer)"""
     import open_clip
@@ -242,24 +244,21 @@ def load_hpsv2(source, device):
     return frozen(model, device), transform, open_clip.get_tokenizer("ViT-H-14")
 
 
-def hpsv2(images, prompts, model="xswu/HPSv2", batch=16, device=None):
+@in_batches
+def hpsv2(pictures, prompts, model="xswu/HPSv2", batch=16, device=None):
     """HPS v2.1 (arXiv 2306.09341): cosine of image and prompt in its CLIP-H, about 0.2 to 0.35.
 
-    Through open_clip, from which HPSv2 is tuned: its own package pins old versions of others. model: repository, file
-    or folder. Long prompts are cut at 77 tokens.
+    Through open_clip, from which HPSv2 is tuned: its own package pins old versions of others. model: also a file. Long
+    prompts are cut at 77 tokens.
     """
     clip, transform, tokenizer = load_hpsv2(model, device=device)
-    scores = []
-    for pictures, texts in batches(images, prompts, batch):
-        pixels = torch.stack([transform(picture) for picture in pictures]).to(clip.logit_scale)
-        image = clip.encode_image(pixels, normalize=True)
-        text = clip.encode_text(tokenizer(texts).to(pixels.device), normalize=True)
-        scores.append((image.float() * text.float()).sum(1).cpu())
-    return torch.cat(scores)
+    pixels = torch.stack([transform(picture) for picture in pictures]).to(clip.logit_scale)
+    image = clip.encode_image(pixels, normalize=True).float()
+    return (image * clip.encode_text(tokenizer(prompts).to(pixels.device), normalize=True).float()).sum(1)
 
 
 # ---------------------------------------------------------------- hpsv3, a head on Qwen2-VL [arXiv 2508.03789]
-@loader("HPSv3.safetensors", "config.json")
+@loader
 def load_hpsv3(source, base, device):
     """HPSv3.safetensors and the rest of Qwen2-VL: (model and head, tokenizer, image processor, text around a prompt)
 
@@ -294,30 +293,28 @@ def load_hpsv3(source, base, device):
     return both, tokenizer, Qwen2VLImageProcessorPil.from_pretrained(base), around
 
 
-def hpsv3(images, prompts, model="MizzenAI/HPSv3", base="Qwen/Qwen2-VL-7B-Instruct", batch=8, device=None):
+@in_batches
+def hpsv3(pictures, prompts, model="MizzenAI/HPSv3", base="Qwen/Qwen2-VL-7B-Instruct", batch=8, device=None):
     """HPSv3, a reward of Qwen2-VL 7B, about 0 to 15: the first of its two outputs, mean and sigma.
 
-    As the package hpsv3 1.0.0 computes it, in bfloat16 on CUDA. model: repository, file or folder of its weights; base:
-    repository or folder of Qwen2-VL-7B-Instruct's configuration, tokenizer and image processor.
+    As the package hpsv3 1.0.0 computes it, in bfloat16 on CUDA. model: also a file. base: where configuration, tokenizer
+    and image processor are.
     """
     (model, head), tokenizer, processor, (before, after) = load_hpsv3(model, base, device=device)
     area = {"shortest_edge": 256 * 28 * 28, "longest_edge": 256 * 28 * 28}  # pixels
-    scores = []
-    for pictures, texts in batches(images, prompts, batch):
-        inputs = processor(pictures, size=area, return_tensors="pt")
-        texts = [{"type": "text", "text": before.format(text_prompt=text) + after} for text in texts]
-        messages = [[{"role": "user", "content": [{"type": "image"}, text]}] for text in texts]
-        chats = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        sizes = inputs["image_grid_thw"].prod(1) // processor.merge_size**2  # tokens of each picture
-        chats = [c.replace("<|image_pad|>", "<|image_pad|>" * n, 1) for c, n in zip(chats, sizes.tolist())]
-        inputs.update(tokenizer(chats, padding=True, return_tensors="pt"))
-        ids = inputs.to(model.device)["input_ids"]
-        # positions count the tokens of a picture one by one, as its authors' code does, not in Qwen2-VL's three axes
-        positions = torch.arange(ids.shape[1], device=ids.device).expand(3, *ids.shape)
-        hidden = model(**inputs, position_ids=positions, use_cache=False).last_hidden_state
-        mark = ids == tokenizer.convert_tokens_to_ids("<|Reward|>")  # where the last is: a prompt may have the word
-        scores.append(head(hidden[range(len(ids)), mark.cumsum(1).argmax(1)].float())[:, 0].cpu())
-    return torch.cat(scores)
+    inputs = processor(pictures, size=area, return_tensors="pt")
+    texts = [{"type": "text", "text": before.format(text_prompt=prompt) + after} for prompt in prompts]
+    messages = [[{"role": "user", "content": [{"type": "image"}, text]}] for text in texts]
+    chats = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    sizes = inputs["image_grid_thw"].prod(1) // processor.merge_size**2  # tokens of each picture
+    chats = [c.replace("<|image_pad|>", "<|image_pad|>" * n, 1) for c, n in zip(chats, sizes.tolist())]
+    inputs.update(tokenizer(chats, padding=True, return_tensors="pt"))
+    ids = inputs.to(model.device)["input_ids"]
+    # positions count the tokens of a picture one by one, as its authors' code does, not in Qwen2-VL's three axes
+    positions = torch.arange(ids.shape[1], device=ids.device).expand(3, *ids.shape)
+    hidden = model(**inputs, position_ids=positions, use_cache=False).last_hidden_state
+    mark = ids == tokenizer.convert_tokens_to_ids("<|Reward|>")  # where the last is: a prompt may have the word
+    return head(hidden[range(len(ids)), mark.cumsum(1).argmax(1)].float())[:, 0]
 
 
 # ---------------------------------------------------------------- ocr, text in pictures [FG] section 4.1
@@ -349,7 +346,7 @@ def text_score(read, wanted):
     return 1 - min(distance, len(wanted)) / len(wanted)
 
 
-@loader()
+@loader
 def load_ocr(device):
     """RapidOCR: (no module, reader)"""
     from rapidocr import RapidOCR
@@ -389,6 +386,7 @@ _PLURALS = {name + ending: name for name in COCO for ending in ("", "s", "es")} 
 _OBJECT = rf"an? (?:({'|'.join(GENEVAL_COLOURS)}) )?({'|'.join(COCO)})"
 _OBJECTS = re.compile(rf"a photo of {_OBJECT}(?: (and|{'|'.join(GENEVAL_RELATIONS)}) {_OBJECT})?")
 _COUNTED = re.compile(rf"a photo of ({'|'.join(GENEVAL_NUMBERS)}) ({'|'.join(_PLURALS)})")
+DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 
 # what a prompt asks for: `count` of a class (exact: not more), of a colour, in a relation to the first Want
 Want = namedtuple("Want", "name count exact colour relation", defaults=(1, False, None, None))
@@ -410,10 +408,9 @@ def parse_geneval(prompt):
         if relation != "and" and not colour and not other_colour:
             return [Want(other), Want(name, relation=relation)]  # the first is where the second stands left of
     raise ValueError(
-        f"it cannot read the prompt {prompt[:200]!r}; write 'a photo of a dog', 'a photo of a dog and a cat', 'a photo "
-        f"of two dogs', 'a photo of a red car', 'a photo of a dog left of a cat' or 'a photo of a red car and a blue "
-        f"bus', with COCO's objects, the colours {', '.join(GENEVAL_COLOURS)}, numbers up to ten, and the relations "
-        f"{', '.join(GENEVAL_RELATIONS)}"
+        f"it cannot read the prompt {prompt[:200]!r}; write 'a photo of a dog', '... a dog and a cat', '... two dogs', "
+        f"'... a red car', '... a dog left of a cat' or '... a red car and a blue bus', with COCO's objects, the colours "
+        f"{', '.join(GENEVAL_COLOURS)}, numbers up to ten, and the relations {', '.join(GENEVAL_RELATIONS)}"
     )
 
 
@@ -448,14 +445,14 @@ def relations(a, b, margin=0.1):
     The centres must lie further apart than margin times the sum of the boxes' sizes; what is more counts in a direction
     where it is over half of the distance of the centres.
     """
-    offset = [(a[i] + a[i + 2] - b[i] - b[i + 2]) / 2 for i in (0, 1)]
-    sizes = [abs(a[i + 2] - a[i]) + abs(b[i + 2] - b[i]) for i in (0, 1)]
-    beyond = [max(abs(o) - margin * size, 0.0) * (1 if o > 0 else -1) for o, size in zip(offset, sizes)]
-    if max(map(abs, beyond)) < 1e-3:
+    (a_from, a_to), (b_from, b_to) = np.reshape(a, (2, 2)), np.reshape(b, (2, 2))
+    offset, sizes = (a_from + a_to - b_from - b_to) / 2, abs(a_to - a_from) + abs(b_to - b_from)
+    beyond = np.sign(offset) * np.maximum(abs(offset) - margin * sizes, 0)
+    if max(abs(beyond)) < 1e-3:
         return set()
-    x, y = (value / (offset[0] ** 2 + offset[1] ** 2) ** 0.5 for value in beyond)
-    holds = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
-    return {relation for relation, holding in holds.items() if holding}
+    x, y = beyond / (offset**2).sum() ** 0.5
+    holds = (x < -0.5, x > 0.5, y < -0.5, y > 0.5)
+    return {relation for relation, holding in zip(GENEVAL_RELATIONS, holds) if holding}
 
 
 def judge(wants, objects):
@@ -495,7 +492,7 @@ def judge_graded(wants, objects):
     return sum(parts) / len(parts)
 
 
-@loader("config.json")
+@loader
 def load_detector(source, device):
     """a Mask2Former (transformers' Mask2FormerForUniversalSegmentation) for COCO's 80 classes: (model, processor)"""
     from transformers import Mask2FormerModel, Mask2FormerPreTrainedModel
@@ -556,33 +553,32 @@ def find_colours(picture, things, clip, tokenizer, processor, _):
     return [thing._replace(colour=GENEVAL_COLOURS[n]) for thing, n in zip(things, best.tolist())]
 
 
-DETECTOR = "facebook/mask2former-swin-small-coco-instance"
-
-
-def geneval(images, prompts, model=DETECTOR, clip=CLIP, size=800, max_overlap=1.0, batch=8, device=None, verdict=judge):
+@in_batches
+def geneval(
+    pictures, prompts, model=DETECTOR, clip=CLIP, size=800, max_overlap=1.0, batch=8, device=None, verdict=judge
+):
     """GenEval without mmdet: does the image show the objects, number, colours, position of its prompt? 1.0 or 0.0.
 
     Objects by transformers' Mask2Former with Swin-S, trained on COCO (GenEval's is the same network, trained by mmdet);
-    colours by CLIP L/14. model, clip: repositories or folders. size: pixels of the shorter side for the detector, 800
-    as mmdet has it, where transformers' repository says 384. max_overlap: see keep_objects. verdict: judge, or
-    judge_graded. Raises ValueError for a prompt of other than its six templates (parse_geneval).
+    colours by CLIP L/14. size: pixels of the shorter side for the detector, 800 as mmdet has it, where transformers'
+    repository says 384. max_overlap: see keep_objects. verdict: judge, or judge_graded. Raises ValueError for a prompt
+    of other than its six templates (parse_geneval).
     """
     detector, processor = load_detector(model, device=device)
     sides = {"shortest_edge": size, "longest_edge": size * 1333 // 800}
+    pixels = processor(pictures, size=sides, return_tensors="pt")["pixel_values"].to(detector.device)
     scores = []
-    for pictures, texts in batches(images, prompts, batch):
-        pixels = processor(pictures, size=sides, return_tensors="pt")["pixel_values"].to(detector.device)
-        for picture, prompt, classes, masks in zip(pictures, texts, *detector(pixels)):
-            wants = parse_geneval(prompt)
-            found = instances(classes, masks, picture.size[::-1])
-            objects = keep_objects(found, any(want.exact for want in wants), max_overlap)
-            for want in wants:
-                things = objects.get(want.name, [])
-                if want.colour and things:
-                    coloured = find_colours(picture, things[: want.count], *load_clip(clip, device=device))
-                    objects[want.name] = coloured + things[want.count :]
-            scores.append(verdict(wants, objects))
-    return torch.tensor(scores, dtype=torch.float32)
+    for picture, prompt, classes, masks in zip(pictures, prompts, *detector(pixels)):
+        wants = parse_geneval(prompt)
+        found = instances(classes, masks, picture.size[::-1])
+        objects = keep_objects(found, any(want.exact for want in wants), max_overlap)
+        for want in wants:
+            things = objects.get(want.name, [])
+            if want.colour and things:
+                coloured = find_colours(picture, things[: want.count], *load_clip(clip, device=device))
+                objects[want.name] = coloured + things[want.count :]
+        scores.append(verdict(wants, objects))
+    return scores
 
 
 # ---------------------------------------------------------------- vlm, a vision-language model behind a server
@@ -592,14 +588,14 @@ QUESTION = (
 )
 
 
-def ask_server(url, deadline, request, *args, **kwargs):
-    """What a request returns; made again after 0.5, 1, 2, 4, ... seconds until the deadline (time.monotonic()) while the
-    server is not there, fails (status 5xx, 408, 429) or answers no JSON. Then, or where it refuses, RewardError.
+def ask_server(url, deadline, request):
+    """request(); again after 0.5, 1, 2, 4, ... seconds, until the deadline (time.monotonic()), while the server is not
+    there, fails (status 5xx, 408, 429) or answers no JSON. Then, or where it refuses, RewardError.
     """
     wait = 0.5
     while True:
         try:
-            return request(*args, **kwargs)
+            return request()
         except Exception as error:  # httpx's, huggingface_hub's, JSON's
             response, reason = getattr(error, "response", None), in_short(error)
         if response is not None and response.status_code < 500 and response.status_code not in (408, 429):
@@ -633,11 +629,13 @@ def vlm(images, prompts, url, model=None, question=QUESTION, scale=10.0, timeout
 
     url, key = url.rstrip("/"), os.environ.get("VLM_API_KEY", "none")
     question = Path(question[1:]).read_text("utf-8") if question.startswith("@") else question
+    if not model:
+        list_models = partial(get_session().get, headers={"Authorization": f"Bearer {key}"}, timeout=timeout)
+        answer = ask_server(
+            url, time.monotonic() + timeout, lambda: list_models(f"{url}/models").raise_for_status().json()
+        )
+        model = answer["data"][0]["id"]
     failed = []
-
-    def first_model():
-        answer = get_session().get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=timeout)
-        return answer.raise_for_status().json()["data"][0]["id"]
 
     def ask(picture, prompt):
         if failed:  # after an error, none of those that wait
@@ -660,7 +658,6 @@ def vlm(images, prompts, url, model=None, question=QUESTION, scale=10.0, timeout
             failed.append(error)
             raise
 
-    model = model or ask_server(url, time.monotonic() + timeout, first_model)
     pool = ThreadPoolExecutor(workers)
     try:
         return torch.tensor(list(pool.map(ask, to_pictures(images), prompts)), dtype=torch.float32)
@@ -670,22 +667,27 @@ def vlm(images, prompts, url, model=None, question=QUESTION, scale=10.0, timeout
 
 # ---------------------------------------------------------------- the table of rewards
 
-# loads: (loader, name of the argument with its source, ...) of every model; gigabytes: of these on CUDA; package: what
-# must be there to import, and how to get it; reads: reads(prompt) raises ValueError where the reward cannot read it
+# loads: of every model its loader, and {argument with a source: file that it has if it is a repository}; gigabytes: of
+# these on CUDA; package: what must be there to import, and how to get it; reads: reads(prompt) raises ValueError where
+# the reward cannot read it
 Entry = namedtuple("Entry", "function loads gigabytes package reads", defaults=((), 0.0, (), None))
 
-_CLIP = ((load_clip, "model"),)
-_GENEVAL = ((load_detector, "model"), (load_clip, "clip")), 1.2, (), parse_geneval
+_CLIP = ((load_clip, {"model": "config.json"}),)
+_CLIP_TOO = (load_clip, {"clip": "config.json"})
+_AESTHETIC = (load_aesthetic, {"model": "aesthetic-model.pth"}), _CLIP_TOO
+_HPSV2 = ((load_hpsv2, {"model": "HPS_v2.1_compressed.pt"}),)
+_HPSV3 = ((load_hpsv3, {"model": "HPSv3.safetensors", "base": "config.json"}),)
+_GENEVAL = ((load_detector, {"model": "config.json"}), _CLIP_TOO), 1.2, (), parse_geneval
 REWARDS = {  # a row that is text is the place of a function, as that of a reward of one's own
     "shapes": f"{Path(__file__).resolve().parent}/tests/tiny/shapes.py:shapes",
     "jpeg_compressibility": Entry(jpeg_compressibility),
     "jpeg_incompressibility": Entry(jpeg_incompressibility),
     "pickscore": Entry(pickscore, _CLIP, 2.0),
     "clipscore": Entry(clipscore, _CLIP, 0.9),
-    "aesthetic": Entry(aesthetic, ((load_aesthetic, "model"), (load_clip, "clip")), 0.9),
-    "hpsv2": Entry(hpsv2, ((load_hpsv2, "model"),), 2.0, ("open_clip", "pip install open_clip_torch")),
-    "hpsv3": Entry(hpsv3, ((load_hpsv3, "model", "base"),), 15.5, ("hpsv3", "pip install --no-deps hpsv3")),
-    "ocr": Entry(ocr, ((load_ocr,),), 0.0, ("rapidocr", "pip install rapidocr onnxruntime"), quoted_text),
+    "aesthetic": Entry(aesthetic, _AESTHETIC, 0.9),
+    "hpsv2": Entry(hpsv2, _HPSV2, 2.0, ("open_clip", "pip install open_clip_torch")),
+    "hpsv3": Entry(hpsv3, _HPSV3, 15.5, ("hpsv3", "pip install --no-deps hpsv3")),
+    "ocr": Entry(ocr, ((load_ocr, {}),), 0.0, ("rapidocr", "pip install rapidocr onnxruntime"), quoted_text),
     "geneval": Entry(geneval, *_GENEVAL),
     "geneval_graded": Entry(partial(geneval, verdict=judge_graded), *_GENEVAL),  # pictures partly right: between
     "vlm": Entry(vlm),
@@ -701,12 +703,12 @@ class Reward:
 
     def __init__(self, parts, device=None, offload=False):
         self.parts, self.device, self.offload = parts, device, offload
-
-    def sources(self):
-        """Yields (name, loader, its sources) for every model of every part."""
-        for name, part in self.parts.items():
-            for load, *arguments in part.entry.loads:
-                yield name, load, [part.arguments[argument] for argument in arguments]
+        # (name, loader, {source: file}) of every model
+        self.models = [
+            (name, load, {part.arguments[argument]: file for argument, file in files.items()})
+            for name, part in parts.items()
+            for load, files in part.entry.loads
+        ]
 
     def check(self, prompts):
         """RewardError for a prompt that a part cannot read, and for a repository out of reach. Loads nothing."""
@@ -714,17 +716,16 @@ class Reward:
             for prompt in prompts if part.entry.reads else []:
                 with told(f"the reward {name}"):
                     part.entry.reads(prompt)
-        for name, load, sources in self.sources():
-            for source, file in zip(sources, load.files):
+        for name, _, files in self.models:
+            others = {PROCESSORS[source]: "preprocessor_config.json" for source in files if source in PROCESSORS}
+            for source, file in (files | others).items():
                 check_repository(name, source, file)
-                if source in PROCESSORS:
-                    check_repository(name, PROCESSORS[source], "preprocessor_config.json")
 
     def load(self):
         """Load all models that are not loaded yet; RewardError for one that cannot be. Needs no images."""
-        for name, load, sources in self.sources():
+        for name, load, files in self.models:
             with told(f"the reward {name}"):
-                load(*sources, device=self.device)
+                load(*files, device=self.device)
             self.put_away()
 
     def put_away(self):
@@ -736,9 +737,8 @@ class Reward:
         broken = (~images.isfinite().flatten(1).all(1)).nonzero()[:, 0].tolist()
         if broken:  # scorers see them as black
             raise RewardError(f"the image made for {prompts[broken[0]][:200]!r} has pixels that are not finite", 1)
-        scored = {}
+        scored, first = {}, f"its first prompt was {prompts[0][:200]!r}"
         for name, part in self.parts.items():
-            first = f"its first prompt was {prompts[0][:200]!r}"
             try:
                 scores = torch.as_tensor(part.function(images, prompts)).detach().float().cpu()
             except RewardError as error:
@@ -749,19 +749,18 @@ class Reward:
             if scores.shape != (len(prompts),):
                 got = f"scores of shape {tuple(scores.shape)} for {len(prompts)} images"
                 raise RewardError(f"the reward {name} gave {got}; it must give one an image; {first}", 1)
-            if not scores.isfinite().all():
-                n = (~scores.isfinite()).nonzero()[0].item()
-                raise RewardError(f"the reward {name} gave {scores[n]} for {prompts[n][:200]!r}", 1)
+            for score, prompt in zip(scores, prompts):
+                if not score.isfinite():
+                    raise RewardError(f"the reward {name} gave {score} for {prompt[:200]!r}", 1)
             scored[name] = scores
         self.put_away()
         return sum(part.weight * scored[name] for name, part in self.parts.items()), scored
 
     def self_check(self, images, prompts, parts=None):
-        """Score noise beside images of the model, before training; returns a line for each part that tells the means.
+        """Score noise beside images (B, 3, H, W) of the model; returns a line for each part that tells the means.
 
-        images: (B, 3, H, W); parts: their scores, if they are known. Raises RewardError, with the part's name, where it
-        fails or gives one score to all of them (where they are less than four, the line says so instead): from such a
-        reward nothing can be learned.
+        parts: the images' scores, if they are known. RewardError, with the part's name, where it fails or gives one
+        score to all (of less than four images only the line says so): from such a reward nothing can be learned.
         """
         noise = torch.rand(images[:4].shape, generator=torch.Generator().manual_seed(0)).to(images.device)
         noise_parts = self(noise, prompts[:4])[1]
@@ -847,15 +846,10 @@ def find_function(name, spec, device):
     if kind == "aesthetic" and "clip" not in given and Path(given.get("model", ""), "config.json").is_file():
         given["clip"] = given["model"]  # where the folder has a CLIP as well, that one
     arguments |= given
-    if kind == "vlm":
-        from huggingface_hub import is_offline_mode
-
-        if not model.startswith(("http://", "https://")):
-            raise RewardError("the reward vlm needs the address of its server; write vlm:http://127.0.0.1:8000/v1")
-        if arguments["question"].startswith("@") and not Path(arguments["question"][1:]).is_file():
-            raise RewardError(f"there is no file {arguments['question'][1:]} with the question of the reward {name}")
-        if is_offline_mode():
-            raise RewardError(f"HF_HUB_OFFLINE keeps huggingface_hub from asking the server of {name}; unset it")
+    if kind == "vlm" and not model.startswith(("http://", "https://")):
+        raise RewardError("the reward vlm needs the address of its server; write vlm:http://127.0.0.1:8000/v1")
+    if kind == "vlm" and (file := arguments["question"]).startswith("@") and not Path(file[1:]).is_file():
+        raise RewardError(f"there is no file {file[1:]} with the question of the reward {name}")
     return entry, partial(entry.function, **given), arguments
 
 

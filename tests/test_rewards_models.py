@@ -217,7 +217,7 @@ def test_a_folder_that_is_no_such_model(clip_folder, detector_folder, tmp_path):
         (f"clipscore:{tmp_path}", "cannot be loaded as a CLIP model"),
         (f"clipscore:{tmp_path}/empty", "cannot be loaded as a CLIP model"),
         (f"aesthetic:{clip_folder}", "has 0 files"),
-        (f"aesthetic:{tmp_path}/empty", "has 0 files"),
+        (f"aesthetic:{tmp_path}/empty?clip={clip_folder}", "has 0 files"),
     ]:
         reward = get_reward(f"jpeg_compressibility,{spec}")
         reward.check(["a photo of a dog"])
