@@ -25,7 +25,6 @@ import time
 import warnings
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from urllib.parse import parse_qsl
 
@@ -43,19 +42,14 @@ class RewardError(Exception):
         self.exit_status = exit_status
 
 
-def in_short(error):
-    """An exception in one line: what it says, after its kind where that is not among those raised in this file."""
-    kind = "" if isinstance(error, ValueError | OSError | RewardError) else f"{type(error).__name__}: "
-    return kind + (" ".join(str(error).split())[:300] or type(error).__name__)
-
-
 @contextlib.contextmanager
 def told(problem):
-    """Whatever is raised within becomes a RewardError of status 2: the problem, and the reason."""
+    """Whatever is raised within becomes a RewardError of status 2: the problem, and the reason in one line."""
     try:
         yield
     except Exception as error:
-        raise RewardError(f"{problem}: {in_short(error)}")
+        kind = "" if isinstance(error, ValueError | OSError | RewardError) else f"{type(error).__name__}: "
+        raise RewardError(f"{problem}: {kind}{' '.join(str(error).split())[:300]}")
 
 
 def to_pictures(images):
@@ -79,18 +73,14 @@ def in_batches(score):
     return reward
 
 
-def encoded(picture, **options):
-    """The bytes of a picture's file."""
-    buffer = io.BytesIO()
-    picture.save(buffer, **options)
-    return buffer.getvalue()
-
-
 # ---------------------------------------------------------------- JPEG size [DDPO, arXiv 2305.13301, section 5.1]
 def jpeg_incompressibility(images, prompts):
     """Size of the image as JPEG of quality 95, in kilobytes (1000 bytes). Prompts are not read. Needs no download."""
-    sizes = [len(encoded(picture, format="JPEG", quality=95)) for picture in to_pictures(images)]
-    return torch.tensor(sizes, dtype=torch.float32) / 1000
+    scores = []
+    for picture in to_pictures(images):
+        picture.save(buffer := io.BytesIO(), "JPEG", quality=95)
+        scores.append(buffer.tell() / 1000)
+    return torch.tensor(scores)
 
 
 def jpeg_compressibility(images, prompts):
@@ -103,10 +93,7 @@ LOADED = {}  # (loader's name, device, source, ...) -> (module, ...): rewards th
 
 
 def loader(load):
-    """Decorates a function (source, ..., device) -> (module, ...): it loads once, and its module is on the device.
-
-    Whatever goes wrong becomes a RewardError, with what stands before the colon in the function's docstring.
-    """
+    """Decorates a function (source, ..., device) -> (module, ...): it loads once, or tells its docstring's first part."""
 
     @functools.wraps(load)
     def load_once(*sources, device=None):
@@ -140,7 +127,7 @@ def load_pretrained(kind, source, **options):
 
 
 def load_weights(source, name):
-    """{key: tensor} of a file: `source` itself, or `name` in a repository or folder, or a folder's only other weights."""
+    """{key: tensor} of a file: `source`, or `name` in a repository or folder, or a folder's only other weights."""
     from huggingface_hub import hf_hub_download
     from safetensors.torch import load_file
 
@@ -158,7 +145,8 @@ def load_weights(source, name):
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 PROCESSORS = {PICKSCORE: "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}  # the CLIP it was tuned from, as its authors do
 CLIP = "openai/clip-vit-large-patch14"
-AESTHETIC = "trl-lib/ddpo-aesthetic-predictor"  # sac+logos+ava1-l14-linearMSE.pth of the predictor's authors
+# sac+logos+ava1-l14-linearMSE.pth of github.com/christophschuhmann/improved-aesthetic-predictor
+AESTHETIC = "trl-lib/ddpo-aesthetic-predictor"
 _cut = set()  # text lengths for which it was said that prompts are cut
 
 
@@ -198,7 +186,7 @@ def embed_pictures(pictures, model, processor):
 
 @in_batches
 def clipscore(pictures, prompts, model=CLIP, batch=16, device=None):
-    """Cosine of image and prompt in CLIP, in [-1, 1], about 0.1 to 0.35 (CLIPScore, arXiv 2104.08718, without its 2.5)."""
+    """Cosine of image and prompt in CLIP, about 0.1 to 0.35 (CLIPScore, arXiv 2104.08718, without its 2.5)."""
     clip, tokenizer, processor, _ = load_clip(model, device=device)
     return (embed_pictures(pictures, clip, processor) * embed_texts(prompts, clip, tokenizer)).sum(1)
 
@@ -223,10 +211,7 @@ def load_aesthetic(source, device):
 
 @in_batches
 def aesthetic(pictures, prompts, model=AESTHETIC, clip=CLIP, batch=16, device=None):
-    """LAION's aesthetic predictor v2, about 1 to 10 (github.com/christophschuhmann/improved-aesthetic-predictor).
-
-    A small network on the normalised image embedding of CLIP L/14; prompts are not read. model: also a file.
-    """
+    """LAION's aesthetic predictor v2, about 1 to 10, on CLIP L/14. Prompts are not read. model: also a file."""
     (network,) = load_aesthetic(model, device=device)
     clip, _, processor, _ = load_clip(clip, device=device)
     return network(embed_pictures(pictures, clip, processor))[:, 0]
@@ -235,7 +220,7 @@ def aesthetic(pictures, prompts, model=AESTHETIC, clip=CLIP, batch=16, device=No
 @loader
 def load_hpsv2(source, device):
     """HPS_v2.1_compressed.pt, of open_clip's ViT-H-14: (model, image transform, tokenizer)"""
-    import open_clip
+    import open_clip  # from which HPSv2 is tuned; its own package pins old versions of others
 
     weights = load_weights(source, "HPS_v2.1_compressed.pt")["state_dict"]
     # "longest", as HPSv2 does: other than square images are padded, not cropped
@@ -246,11 +231,7 @@ def load_hpsv2(source, device):
 
 @in_batches
 def hpsv2(pictures, prompts, model="xswu/HPSv2", batch=16, device=None):
-    """HPS v2.1 (arXiv 2306.09341): cosine of image and prompt in its CLIP-H, about 0.2 to 0.35.
-
-    Through open_clip, from which HPSv2 is tuned: its own package pins old versions of others. model: also a file. Long
-    prompts are cut at 77 tokens.
-    """
+    """HPS v2.1 (arXiv 2306.09341): cosine in its CLIP-H, about 0.2 to 0.35. It reads 77 tokens. model: also a file."""
     clip, transform, tokenizer = load_hpsv2(model, device=device)
     pixels = torch.stack([transform(picture) for picture in pictures]).to(clip.logit_scale)
     image = clip.encode_image(pixels, normalize=True).float()
@@ -260,13 +241,11 @@ def hpsv2(pictures, prompts, model="xswu/HPSv2", batch=16, device=None):
 # ---------------------------------------------------------------- hpsv3, a head on Qwen2-VL [arXiv 2508.03789]
 @loader
 def load_hpsv3(source, base, device):
-    """HPSv3.safetensors and the rest of Qwen2-VL: (model and head, tokenizer, image processor, text around a prompt)
-
-    The text is read from the source of its authors' package, which cannot be imported here: it needs transformers 4.45.
-    """
+    """HPSv3.safetensors and the rest of Qwen2-VL: (model and head, tokenizer, image processor, text around a prompt)"""
     from transformers import AutoConfig, AutoTokenizer, Qwen2VLModel
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+    # the text, from the source of its authors' package, which cannot be imported here: it needs transformers 4.45
     (package,) = importlib.util.find_spec("hpsv3").submodule_search_locations
     code = ast.parse((Path(package) / "dataset" / "data_collator_qwen.py").read_text("utf-8"))
     texts = {n.targets[0].id: ast.literal_eval(n.value) for n in code.body if isinstance(n, ast.Assign)}
@@ -297,8 +276,7 @@ def load_hpsv3(source, base, device):
 def hpsv3(pictures, prompts, model="MizzenAI/HPSv3", base="Qwen/Qwen2-VL-7B-Instruct", batch=8, device=None):
     """HPSv3, a reward of Qwen2-VL 7B, about 0 to 15: the first of its two outputs, mean and sigma.
 
-    As the package hpsv3 1.0.0 computes it, in bfloat16 on CUDA. model: also a file. base: where configuration, tokenizer
-    and image processor are.
+    As the package hpsv3 1.0.0 computes it, in bfloat16 on CUDA. model: also a file. base: where the tokenizer is.
     """
     (model, head), tokenizer, processor, (before, after) = load_hpsv3(model, base, device=device)
     area = {"shortest_edge": 256 * 28 * 28, "longest_edge": 256 * 28 * 28}  # pixels
@@ -349,7 +327,7 @@ def text_score(read, wanted):
 @loader
 def load_ocr(device):
     """RapidOCR: (no module, reader)"""
-    from rapidocr import RapidOCR
+    from rapidocr import RapidOCR  # PaddleOCR's models in onnxruntime, on the CPU; [FG] has PaddleOCR itself
 
     # as many threads as torch takes, not all there are
     options = {"Global.log_level": "critical", "EngineConfig.onnxruntime.intra_op_num_threads": torch.get_num_threads()}
@@ -357,10 +335,7 @@ def load_ocr(device):
 
 
 def ocr(images, prompts):
-    """The quoted text of the prompt against the text read in the image, in [0, 1]: quoted_text, text_score.
-
-    Read by RapidOCR (PaddleOCR's models in onnxruntime, in its package) on the CPU; [FG] reads with PaddleOCR itself.
-    """
+    """The quoted text of the prompt against what RapidOCR reads in the image, in [0, 1]: quoted_text, text_score."""
     _, reader = load_ocr(device="cpu")
     lines = [reader(np.asarray(picture)[:, :, ::-1]).txts or () for picture in to_pictures(images)]  # it takes BGR
     return torch.tensor([text_score("".join(read), quoted_text(prompt)) for read, prompt in zip(lines, prompts)])
@@ -408,35 +383,19 @@ def parse_geneval(prompt):
         if relation != "and" and not colour and not other_colour:
             return [Want(other), Want(name, relation=relation)]  # the first is where the second stands left of
     raise ValueError(
-        f"it cannot read the prompt {prompt[:200]!r}; write 'a photo of a dog', '... a dog and a cat', '... two dogs', "
-        f"'... a red car', '... a dog left of a cat' or '... a red car and a blue bus', with COCO's objects, the colours "
-        f"{', '.join(GENEVAL_COLOURS)}, numbers up to ten, and the relations {', '.join(GENEVAL_RELATIONS)}"
+        f"it cannot read the prompt {prompt[:200]!r}; write 'a photo of a dog', '... a dog and a cat', '... a red car', "
+        f"'... a dog left of a cat', '... a red car and a blue bus' or 'a photo of two dogs', with COCO's objects, the "
+        f"colours {', '.join(GENEVAL_COLOURS)}, numbers up to ten, and the relations {', '.join(GENEVAL_RELATIONS)}"
     )
 
 
-def box_overlap(a, b):
-    """Intersection over union of two boxes, with GenEval's pixel more at every side."""
-    both = (*np.maximum(a[:2], b[:2]), *np.minimum(a[2:], b[2:]))
-    both, one, other = (max(box[2] - box[0] + 1, 0) * max(box[3] - box[1] + 1, 0) for box in (both, a, b))
-    return both / (one + other - both)
-
-
-def keep_objects(found, counting, max_overlap=1.0):
-    """The objects that count, as GenEval selects them: {name: [Found], the surest first}.
-
-    Those of a score over 0.3, or 0.9 where the prompt gives a number; at most 16 of a class; and where max_overlap is
-    under 1, none that overlaps a surer one of its class by as much (GenEval's is 1).
-    """
+def keep_objects(found, counting):
+    """{name: [Found]} that count for GenEval, the surest first: over 0.3, or 0.9 if counting, at most 16 of a name."""
     kept = {}
     for thing in sorted(found, key=lambda thing: -thing.score):
         if thing.score > (0.9 if counting else 0.3):
             kept.setdefault(thing.name, []).append(thing)
-    for name, things in kept.items():
-        kept[name] = []
-        for thing in things[:16]:
-            if max_overlap >= 1 or all(box_overlap(k.box, thing.box) < max_overlap for k in kept[name]):
-                kept[name].append(thing)
-    return kept
+    return {name: things[:16] for name, things in kept.items()}
 
 
 def relations(a, b, margin=0.1):
@@ -456,10 +415,7 @@ def relations(a, b, margin=0.1):
 
 
 def judge(wants, objects):
-    """GenEval's verdict, 1.0 or 0.0: is everything there that was asked for? objects: of keep_objects, with colours.
-
-    Colour and position are those of the surest `count` objects; others may be there, but for `exact`.
-    """
+    """GenEval's verdict on objects (keep_objects), 1.0 or 0.0: colour and position are those of the surest `count`."""
     for want in wants:
         things, firsts = objects.get(want.name, []), objects.get(wants[0].name, [])[: wants[0].count]
         surest = things[: want.count]
@@ -554,15 +510,12 @@ def find_colours(picture, things, clip, tokenizer, processor, _):
 
 
 @in_batches
-def geneval(
-    pictures, prompts, model=DETECTOR, clip=CLIP, size=800, max_overlap=1.0, batch=8, device=None, verdict=judge
-):
+def geneval(pictures, prompts, model=DETECTOR, clip=CLIP, size=800, batch=8, device=None, verdict=judge):
     """GenEval without mmdet: does the image show the objects, number, colours, position of its prompt? 1.0 or 0.0.
 
     Objects by transformers' Mask2Former with Swin-S, trained on COCO (GenEval's is the same network, trained by mmdet);
     colours by CLIP L/14. size: pixels of the shorter side for the detector, 800 as mmdet has it, where transformers'
-    repository says 384. max_overlap: see keep_objects. verdict: judge, or judge_graded. Raises ValueError for a prompt
-    of other than its six templates (parse_geneval).
+    repository says 384. verdict: judge, or judge_graded. ValueError for a prompt of other than its six templates.
     """
     detector, processor = load_detector(model, device=device)
     sides = {"shortest_edge": size, "longest_edge": size * 1333 // 800}
@@ -571,7 +524,7 @@ def geneval(
     for picture, prompt, classes, masks in zip(pictures, prompts, *detector(pixels)):
         wants = parse_geneval(prompt)
         found = instances(classes, masks, picture.size[::-1])
-        objects = keep_objects(found, any(want.exact for want in wants), max_overlap)
+        objects = keep_objects(found, any(want.exact for want in wants))
         for want in wants:
             things = objects.get(want.name, [])
             if want.colour and things:
@@ -589,15 +542,15 @@ QUESTION = (
 
 
 def ask_server(url, deadline, request):
-    """request(); again after 0.5, 1, 2, 4, ... seconds, until the deadline (time.monotonic()), while the server is not
-    there, fails (status 5xx, 408, 429) or answers no JSON. Then, or where it refuses, RewardError.
+    """request(seconds left until the deadline of time.monotonic()), again after 0.5, 1, 2, 4, ... seconds, while the
+    server is not there, fails (status 5xx, 408, 429) or answers no JSON. At the deadline, or where it refuses, RewardError.
     """
     wait = 0.5
     while True:
         try:
-            return request()
+            return request(max(deadline - time.monotonic(), 0.01))
         except Exception as error:  # httpx's, huggingface_hub's, JSON's
-            response, reason = getattr(error, "response", None), in_short(error)
+            response, reason = getattr(error, "response", None), str(error) or type(error).__name__
         if response is not None and response.status_code < 500 and response.status_code not in (408, 429):
             raise RewardError(f"the server at {url} refused: status {response.status_code}, {response.text[:200]}", 1)
         if time.monotonic() + wait > deadline:
@@ -629,35 +582,35 @@ def vlm(images, prompts, url, model=None, question=QUESTION, scale=10.0, timeout
 
     url, key = url.rstrip("/"), os.environ.get("VLM_API_KEY", "none")
     question = Path(question[1:]).read_text("utf-8") if question.startswith("@") else question
-    if not model:
-        list_models = partial(get_session().get, headers={"Authorization": f"Bearer {key}"}, timeout=timeout)
-        answer = ask_server(
-            url, time.monotonic() + timeout, lambda: list_models(f"{url}/models").raise_for_status().json()
-        )
-        model = answer["data"][0]["id"]
-    failed = []
+
+    def first_model(seconds):
+        answer = get_session().get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=seconds)
+        return answer.raise_for_status().json()["data"][0]["id"]
+
+    def chat(messages, temperature, seconds):
+        client = InferenceClient(base_url=url, api_key=key, timeout=seconds)
+        return client.chat_completion(messages, model=model, temperature=temperature)
 
     def ask(picture, prompt):
-        if failed:  # after an error, none of those that wait
-            return 0.0
-        image = {"url": f"data:image/png;base64,{base64.b64encode(encoded(picture, format='PNG')).decode()}"}
+        deadline = time.monotonic() + timeout
+        picture.save(buffer := io.BytesIO(), "PNG")
+        image = {"url": f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"}
         text = {"type": "text", "text": question.replace("{prompt}", prompt)}
         messages = [{"role": "user", "content": [{"type": "image_url", "image_url": image}, text]}]
-        client, deadline = InferenceClient(base_url=url, api_key=key, timeout=timeout), time.monotonic() + timeout
         try:
             for temperature in (0.0, 0.5, 1.0):
-                chat = partial(client.chat_completion, messages, model=model, temperature=temperature)
-                answer = ask_server(url, deadline, chat)
+                answer = ask_server(url, deadline, functools.partial(chat, messages, temperature))
                 if not answer.choices:
                     raise RewardError(f"the server at {url} gave no chat completion but {str(answer)[:200]}", 1)
                 text = answer.choices[0].message.content or ""
                 if (score := read_score(text, scale)) is not None:
                     return score / scale
             raise RewardError(f"{model} gave no score from 0 to {scale:g} for {prompt[:200]!r} but {text!r:.300}", 1)
-        except Exception as error:
-            failed.append(error)
+        except Exception:
+            pool.shutdown(wait=False, cancel_futures=True)  # none of those that wait
             raise
 
+    model = model or ask_server(url, time.monotonic() + timeout, first_model)
     pool = ThreadPoolExecutor(workers)
     try:
         return torch.tensor(list(pool.map(ask, to_pictures(images), prompts)), dtype=torch.float32)
@@ -667,63 +620,59 @@ def vlm(images, prompts, url, model=None, question=QUESTION, scale=10.0, timeout
 
 # ---------------------------------------------------------------- the table of rewards
 
-# loads: of every model its loader, and {argument with a source: file that it has if it is a repository}; gigabytes: of
-# these on CUDA; package: what must be there to import, and how to get it; reads: reads(prompt) raises ValueError where
-# the reward cannot read it
-Entry = namedtuple("Entry", "function loads gigabytes package reads", defaults=((), 0.0, (), None))
-
-_CLIP = ((load_clip, {"model": "config.json"}),)
-_CLIP_TOO = (load_clip, {"clip": "config.json"})
-_AESTHETIC = (load_aesthetic, {"model": "aesthetic-model.pth"}), _CLIP_TOO
-_HPSV2 = ((load_hpsv2, {"model": "HPS_v2.1_compressed.pt"}),)
-_HPSV3 = ((load_hpsv3, {"model": "HPSv3.safetensors", "base": "config.json"}),)
-_GENEVAL = ((load_detector, {"model": "config.json"}), _CLIP_TOO), 1.2, (), parse_geneval
+# loads: {loader of a model: {argument with a source: file that it has if it is a repository}}; gigabytes: of models on
+# CUDA; package: what must be there to import, and how to get it; reads: reads(prompt) raises ValueError if it cannot
+Entry = namedtuple("Entry", "function loads gigabytes package reads", defaults=({}, 0.0, (), None))
+_CLIP, _CLIP_TOO = {load_clip: {"model": "config.json"}}, {load_clip: {"clip": "config.json"}}
+_GENEVAL = {load_detector: {"model": "config.json"}} | _CLIP_TOO, 1.2, (), parse_geneval
+_HPSV2 = {load_hpsv2: {"model": "HPS_v2.1_compressed.pt"}}
+_HPSV3 = {load_hpsv3: {"model": "HPSv3.safetensors", "base": "config.json"}}
+_RAPIDOCR = ("rapidocr", "pip install rapidocr onnxruntime")
 REWARDS = {  # a row that is text is the place of a function, as that of a reward of one's own
     "shapes": f"{Path(__file__).resolve().parent}/tests/tiny/shapes.py:shapes",
     "jpeg_compressibility": Entry(jpeg_compressibility),
     "jpeg_incompressibility": Entry(jpeg_incompressibility),
     "pickscore": Entry(pickscore, _CLIP, 2.0),
     "clipscore": Entry(clipscore, _CLIP, 0.9),
-    "aesthetic": Entry(aesthetic, _AESTHETIC, 0.9),
+    "aesthetic": Entry(aesthetic, {load_aesthetic: {"model": "aesthetic-model.pth"}} | _CLIP_TOO, 0.9),
     "hpsv2": Entry(hpsv2, _HPSV2, 2.0, ("open_clip", "pip install open_clip_torch")),
     "hpsv3": Entry(hpsv3, _HPSV3, 15.5, ("hpsv3", "pip install --no-deps hpsv3")),
-    "ocr": Entry(ocr, ((load_ocr, {}),), 0.0, ("rapidocr", "pip install rapidocr onnxruntime"), quoted_text),
+    "ocr": Entry(ocr, {load_ocr: {}}, 0.0, _RAPIDOCR, quoted_text),
     "geneval": Entry(geneval, *_GENEVAL),
-    "geneval_graded": Entry(partial(geneval, verdict=judge_graded), *_GENEVAL),  # pictures partly right: between
+    "geneval_graded": Entry(
+        functools.partial(geneval, verdict=judge_graded), *_GENEVAL
+    ),  # pictures partly right: between
     "vlm": Entry(vlm),
 }
 Part = namedtuple("Part", "entry function arguments weight")  # of a sum: the function has its arguments set
 
 
 class Reward:
-    """A weighted sum of rewards: (images, prompts) -> (scores (B,), {name: raw scores (B,)}).
-
-    parts: {name: Part}. offload: models go to the CPU after use, out of the way of what is trained.
-    """
+    """A weighted sum: (images, prompts) -> (scores (B,), {name: raw scores (B,)}). offload: models rest on the CPU."""
 
     def __init__(self, parts, device=None, offload=False):
         self.parts, self.device, self.offload = parts, device, offload
-        # (name, loader, {source: file}) of every model
-        self.models = [
-            (name, load, {part.arguments[argument]: file for argument, file in files.items()})
-            for name, part in parts.items()
-            for load, files in part.entry.loads
-        ]
+
+    def models(self):
+        """Yields (name of a part, loader, {source: file in it}) for every model."""
+        for name, part in self.parts.items():
+            for load, files in part.entry.loads.items():
+                yield name, load, {part.arguments[argument]: file for argument, file in files.items()}
 
     def check(self, prompts):
         """RewardError for a prompt that a part cannot read, and for a repository out of reach. Loads nothing."""
         for name, part in self.parts.items():
-            for prompt in prompts if part.entry.reads else []:
-                with told(f"the reward {name}"):
+            with told(f"the reward {name}"):
+                for prompt in prompts if part.entry.reads else []:
                     part.entry.reads(prompt)
-        for name, _, files in self.models:
+        for name, _, files in self.models():
             others = {PROCESSORS[source]: "preprocessor_config.json" for source in files if source in PROCESSORS}
             for source, file in (files | others).items():
                 check_repository(name, source, file)
 
     def load(self):
         """Load all models that are not loaded yet; RewardError for one that cannot be. Needs no images."""
-        for name, load, files in self.models:
+        for name, load, files in self.models():
             with told(f"the reward {name}"):
                 load(*files, device=self.device)
             self.put_away()
@@ -757,10 +706,10 @@ class Reward:
         return sum(part.weight * scored[name] for name, part in self.parts.items()), scored
 
     def self_check(self, images, prompts, parts=None):
-        """Score noise beside images (B, 3, H, W) of the model; returns a line for each part that tells the means.
+        """Score noise beside images (B, 3, H, W) of the model; a line for each part tells the means.
 
-        parts: the images' scores, if they are known. RewardError, with the part's name, where it fails or gives one
-        score to all (of less than four images only the line says so): from such a reward nothing can be learned.
+        parts: the images' scores, if known. RewardError for a part that fails or that gives one score to all (of less
+        than four images only the line says so): nothing can be learned from it.
         """
         noise = torch.rand(images[:4].shape, generator=torch.Generator().manual_seed(0)).to(images.device)
         noise_parts = self(noise, prompts[:4])[1]
@@ -786,10 +735,8 @@ def check_repository(name, source, file):
         raise RewardError(f"the reward {name}: there is no folder {source}")
     if Path(source).exists() or isinstance(try_to_load_from_cache(source, file), str):
         return
-    with told(
-        f"the reward {name} needs {source}, which is no folder here and cannot be fetched; check name and network, and "
-        f"for a gated one accept its licence and log in with `hf auth login`"
-    ):
+    hint = "check name and network, and for a gated one accept its licence and log in with `hf auth login`"
+    with told(f"the reward {name} needs {source}, which is no folder here and cannot be fetched; {hint}"):
         HfApi().model_info(source, timeout=10)  # fails at once where a download would try again and again
 
 
@@ -805,10 +752,9 @@ def get_reward(spec, device=None, offload=False):
         name, weight = split_weight(text.strip())
         if name in parts:
             raise RewardError(f"the reward {name} is twice in {spec!r}; name it once")
-        with told(f"the weight of the reward {name} is to be a number, as in {name}=0.5"):
+        with told(f"the weight of the reward {name} is to be a finite number, as in {name}=0.5"):
             weight = float(weight)
-        if not abs(weight) < float("inf"):
-            raise RewardError(f"the weight of the reward {name} must be finite, not {weight}")
+            round(weight)  # raises for what is not finite
         parts[name] = Part(*find_function(name, spec, device), weight)
     return Reward(parts, device, offload)
 
@@ -827,8 +773,15 @@ def find_function(name, spec, device):
     kind, _, model = head.partition(":")
     entry = REWARDS.get(kind, head)
     if isinstance(entry, str) and (match := re.fullmatch(r"(.+\.py):(\w+)", entry)):
+        file, function = match.groups()
         model = "" if entry == head else model
-        entry = own_reward(*match.groups())
+        if not Path(file).is_file():
+            raise RewardError(f"there is no file {file} for the reward {name}")
+        with told(f"the file {file} of the reward {name} cannot be run"):
+            own = runpy.run_path(file).get(function)
+        if not callable(own):
+            raise RewardError(f"the file {file} has no function {function}(images, prompts) -> scores")
+        entry = Entry(own, reads=getattr(own, "reads", None))  # an attribute of it, if it cannot read all prompts
     if isinstance(entry, str):
         hint = "; a reward of your own is my_file.py:my_function" if ".py" in head else ""
         raise RewardError(f"unknown reward {kind!r} in --reward {spec!r}; known are {', '.join(REWARDS)}{hint}")
@@ -850,15 +803,4 @@ def find_function(name, spec, device):
         raise RewardError("the reward vlm needs the address of its server; write vlm:http://127.0.0.1:8000/v1")
     if kind == "vlm" and (file := arguments["question"]).startswith("@") and not Path(file[1:]).is_file():
         raise RewardError(f"there is no file {file[1:]} with the question of the reward {name}")
-    return entry, partial(entry.function, **given), arguments
-
-
-def own_reward(file, name):
-    """The Entry of a function in a Python file. Where it cannot read all prompts, its attribute `reads` is Entry's."""
-    if not Path(file).is_file():
-        raise RewardError(f"there is no file {file} for the reward {file}:{name}")
-    with told(f"the file {file} of the reward {file}:{name} cannot be run"):
-        function = runpy.run_path(file).get(name)
-    if not callable(function):
-        raise RewardError(f"the file {file} has no function {name}; it must be {name}(images, prompts) -> scores")
-    return Entry(function, reads=getattr(function, "reads", None))
+    return entry, functools.partial(entry.function, **given), arguments

@@ -139,7 +139,7 @@ def test_where_a_name_ends_and_its_weight_begins(part, name, weight):
     [
         ("nothing", "unknown reward 'nothing'.*known are shapes"),
         ("shapes,shapes=2", "twice"),
-        ("shapes=x", "is to be a number"),
+        ("shapes=x", "is to be a finite number"),
         ("shapes=nan", "finite"),
         ("shapes=inf", "finite"),
         ("", "unknown reward"),
