@@ -28,10 +28,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import parse_qsl
 
+import huggingface_hub
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers  # as huggingface_hub, it imports a part of it where that is first used
 from PIL import Image
+from safetensors.torch import load_file
 
 
 class RewardError(Exception):
@@ -93,7 +96,7 @@ LOADED = {}  # (loader's name, device, source, ...) -> (module, ...): rewards th
 
 
 def loader(load):
-    """Decorates a function (source, ..., device) -> (module, ...): it loads once, or tells its docstring's first part."""
+    """Decorates (source, ..., device) -> (module, ...): it loads once, or tells what its docstring begins with."""
 
     @functools.wraps(load)
     def load_once(*sources, device=None):
@@ -116,9 +119,7 @@ def frozen(model, device, half=torch.float16):
 
 def load_pretrained(kind, source, **options):
     """A model of a class of transformers. ValueError where the source lacks weights: they would be made up."""
-    from transformers import logging
-
-    logging.set_verbosity_error()  # what it lacks is told here
+    transformers.logging.set_verbosity_error()  # what it lacks is told here
     model, info = kind.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     lacking = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
     if lacking:
@@ -128,10 +129,7 @@ def load_pretrained(kind, source, **options):
 
 def load_weights(source, name):
     """{key: tensor} of a file: `source`, or `name` in a repository or folder, or a folder's only other weights."""
-    from huggingface_hub import hf_hub_download
-    from safetensors.torch import load_file
-
-    path = Path(source) if Path(source).exists() else Path(hf_hub_download(source, name))
+    path = Path(source) if Path(source).exists() else Path(huggingface_hub.hf_hub_download(source, name))
     if path.is_dir():
         own = re.compile(r"(?!(pytorch_)?model[.-]).*[.](pth|pt|safetensors)")  # not those of a model beside it
         files = [path / name] if (path / name).is_file() else [f for f in path.iterdir() if own.fullmatch(f.name)]
@@ -153,17 +151,15 @@ _cut = set()  # text lengths for which it was said that prompts are cut
 @loader
 def load_clip(source, device):
     """a CLIP model (transformers' CLIPModel): (model, tokenizer, image processor, logit scale)"""
-    from transformers import AutoTokenizer, CLIPModel
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    model = load_pretrained(CLIPModel, source)
+    model = load_pretrained(transformers.CLIPModel, source)
     scale = model.logit_scale.exp().item()  # in full precision
     prepare = PROCESSORS.get(source, source)
-    tokenizer = AutoTokenizer.from_pretrained(prepare)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(prepare)
     words = model.config.text_config.vocab_size
     if not 0.9 * words <= len(tokenizer) <= words:  # without its files, from_pretrained makes up an empty one
         raise ValueError(f"{prepare} has no tokenizer of a CLIP model: {len(tokenizer)} tokens, not {words}")
-    return frozen(model, device), tokenizer, CLIPImageProcessorPil.from_pretrained(prepare), scale
+    processor = transformers.CLIPImageProcessorPil.from_pretrained(prepare)
+    return frozen(model, device), tokenizer, processor, scale
 
 
 def embed_texts(texts, model, tokenizer):
@@ -242,16 +238,13 @@ def hpsv2(pictures, prompts, model="xswu/HPSv2", batch=16, device=None):
 @loader
 def load_hpsv3(source, base, device):
     """HPSv3.safetensors and the rest of Qwen2-VL: (model and head, tokenizer, image processor, text around a prompt)"""
-    from transformers import AutoConfig, AutoTokenizer, Qwen2VLModel
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
     # the text, from the source of its authors' package, which cannot be imported here: it needs transformers 4.45
     (package,) = importlib.util.find_spec("hpsv3").submodule_search_locations
     code = ast.parse((Path(package) / "dataset" / "data_collator_qwen.py").read_text("utf-8"))
     texts = {n.targets[0].id: ast.literal_eval(n.value) for n in code.body if isinstance(n, ast.Assign)}
-    tokenizer = AutoTokenizer.from_pretrained(base, padding_side="right")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base, padding_side="right")
     tokenizer.add_tokens("<|Reward|>", special_tokens=True)
-    config = AutoConfig.from_pretrained(base)
+    config = transformers.AutoConfig.from_pretrained(base)
     config.text_config.vocab_size = len(tokenizer)
 
     head = torch.nn.Sequential(
@@ -262,14 +255,14 @@ def load_hpsv3(source, base, device):
     del weights["lm_head.weight"]  # it must be there, and is of no use
     head.load_state_dict({name[8:]: weights.pop(name) for name in list(weights) if name.startswith("rm_head.")})
     weights = {re.sub("^model[.]", "language_model.", name): value for name, value in weights.items()}
-    model = load_pretrained(Qwen2VLModel, None, config=config, state_dict=weights, dtype=torch.bfloat16)
+    model = load_pretrained(transformers.Qwen2VLModel, None, config=config, state_dict=weights)
     if more := weights.keys() - model.state_dict().keys():
         raise ValueError(f"it has weights too many: {min(more)} and {len(more) - 1} more")
     # all in bfloat16, as its authors have it: the rotary embedding's frequencies are rounded with the weights
     model = frozen(model.to(torch.bfloat16), device, torch.bfloat16)
     both = torch.nn.ModuleList([model, frozen(head, device, torch.float32)])
-    around = texts["INSTRUCTION"], texts["prompt_with_special_token"]
-    return both, tokenizer, Qwen2VLImageProcessorPil.from_pretrained(base), around
+    processor = transformers.Qwen2VLImageProcessorPil.from_pretrained(base)
+    return both, tokenizer, processor, (texts["INSTRUCTION"], texts["prompt_with_special_token"])
 
 
 @in_batches
@@ -383,7 +376,7 @@ def parse_geneval(prompt):
         if relation != "and" and not colour and not other_colour:
             return [Want(other), Want(name, relation=relation)]  # the first is where the second stands left of
     raise ValueError(
-        f"it cannot read the prompt {prompt[:200]!r}; write 'a photo of a dog', '... a dog and a cat', '... a red car', "
+        f"it cannot read the prompt {prompt[:200]!r}; write 'a photo of a dog', '... a dog and a cat', '...a red car', "
         f"'... a dog left of a cat', '... a red car and a blue bus' or 'a photo of two dogs', with COCO's objects, the "
         f"colours {', '.join(GENEVAL_COLOURS)}, numbers up to ten, and the relations {', '.join(GENEVAL_RELATIONS)}"
     )
@@ -430,9 +423,8 @@ def judge(wants, objects):
 def judge_graded(wants, objects):
     """The graded reward that [FG] trains on, at most 1: the mean over parts, of which each Want has one or two.
 
-    A count earns 1 - |found - wanted| / wanted, which falls below 0 from twice the number on; the colour 1 -
-    |of the colour - wanted| / wanted, the position 1 or 0, and both 0 where the count is wrong. ([FG]'s code adds a 1
-    after the 0 of a wrong position: 0.75 for it, 2/3 here.)
+    A count, or a colour's, earns 1 - |found - wanted| / wanted, below 0 from twice the number on; a position 1 or 0;
+    colour and position 0 where the count is wrong. ([FG]'s code gives 0.75 for a wrong position, 2/3 here.)
     """
     parts = []
     for want in wants:
@@ -451,15 +443,13 @@ def judge_graded(wants, objects):
 @loader
 def load_detector(source, device):
     """a Mask2Former (transformers' Mask2FormerForUniversalSegmentation) for COCO's 80 classes: (model, processor)"""
-    from transformers import Mask2FormerModel, Mask2FormerPreTrainedModel
-    from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
-    class Detector(Mask2FormerPreTrainedModel):
+    class Detector(transformers.Mask2FormerPreTrainedModel):
         """Mask2FormerForUniversalSegmentation without its loss, which needs scipy: pixels -> class and mask logits."""
 
         def __init__(self, config):
             super().__init__(config)
-            self.model = Mask2FormerModel(config)
+            self.model = transformers.Mask2FormerModel(config)
             self.class_predictor = torch.nn.Linear(config.hidden_dim, config.num_labels + 1)
             self.post_init()
 
@@ -472,15 +462,15 @@ def load_detector(source, device):
     if model.config.num_labels != len(COCO):
         raise ValueError(f"it has {model.config.num_labels} classes")
     # in full precision, being small (69 million): GenEval's thresholds were chosen so
-    return frozen(model, device, torch.float32), Mask2FormerImageProcessorPil.from_pretrained(source)
+    return frozen(model, device, torch.float32), transformers.Mask2FormerImageProcessorPil.from_pretrained(source)
 
 
 def instances(class_logits, mask_logits, size, threshold=0.3, limit=100):
     """The objects of one picture, as mmdet's Mask2Former, which GenEval uses, makes them of the network's outputs.
 
-    class_logits: (Q, 81), the last for no object; mask_logits: (Q, h, w); size: (H, W) of the picture. Of the `limit`
-    likeliest pairs of query and class, a score is the class's probability times the mean probability of the mask's
-    pixels; those over the threshold are returned as Found. (mmdet resizes masks twice, here once.)
+    class_logits: (Q, 81), the last for none; mask_logits: (Q, h, w); size: (H, W) of the picture. Of the `limit` likeliest
+    pairs of query and class, those whose score, the class's probability times the mean probability of the mask's pixels,
+    is over the threshold. (mmdet resizes masks twice, here once.)
     """
     probability = class_logits.float().softmax(-1)[:, :-1]
     top, index = probability.flatten().topk(min(limit, probability.numel()))
@@ -542,8 +532,8 @@ QUESTION = (
 
 
 def ask_server(url, deadline, request):
-    """request(seconds left until the deadline of time.monotonic()), again after 0.5, 1, 2, 4, ... seconds, while the
-    server is not there, fails (status 5xx, 408, 429) or answers no JSON. At the deadline, or where it refuses, RewardError.
+    """request(seconds left), again after 0.5, 1, 2, 4, ... seconds, until the deadline (of time.monotonic()), while the
+    server is not there, fails (status 5xx, 408, 429) or answers no JSON. Then, or where it refuses, RewardError.
     """
     wait = 0.5
     while True:
@@ -578,17 +568,17 @@ def vlm(images, prompts, url, model=None, question=QUESTION, scale=10.0, timeout
     answer without a number is asked for again, three times in all, then it is an error. The environment variable
     VLM_API_KEY is sent as key.
     """
-    from huggingface_hub import InferenceClient, get_session
-
     url, key = url.rstrip("/"), os.environ.get("VLM_API_KEY", "none")
     question = Path(question[1:]).read_text("utf-8") if question.startswith("@") else question
 
     def first_model(seconds):
-        answer = get_session().get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=seconds)
+        answer = huggingface_hub.get_session().get(
+            f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=seconds
+        )
         return answer.raise_for_status().json()["data"][0]["id"]
 
     def chat(messages, temperature, seconds):
-        client = InferenceClient(base_url=url, api_key=key, timeout=seconds)
+        client = huggingface_hub.InferenceClient(base_url=url, api_key=key, timeout=seconds)
         return client.chat_completion(messages, model=model, temperature=temperature)
 
     def ask(picture, prompt):
@@ -668,7 +658,17 @@ class Reward:
         for name, _, files in self.models():
             others = {PROCESSORS[source]: "preprocessor_config.json" for source in files if source in PROCESSORS}
             for source, file in (files | others).items():
-                check_repository(name, source, file)
+                if Path(source).exists():
+                    continue
+                if source[0] in "./" or source.count("/") > 1:
+                    raise RewardError(f"the reward {name}: there is no folder {source}")
+                wrong = (
+                    f"the reward {name} needs {source}, which is no folder here and cannot be fetched; check name and"
+                )
+                hint = "network, and for a gated one accept its licence and log in with `hf auth login`"
+                with told(f"{wrong} {hint}"):
+                    if not isinstance(huggingface_hub.try_to_load_from_cache(source, file), str):
+                        huggingface_hub.HfApi().model_info(source, timeout=10)  # a download would try again and again
 
     def load(self):
         """Load all models that are not loaded yet; RewardError for one that cannot be. Needs no images."""
@@ -678,7 +678,6 @@ class Reward:
             self.put_away()
 
     def put_away(self):
-        """Move what is loaded to the CPU, if offload says so."""
         for module, *_ in LOADED.values() if self.offload else ():
             module.to("cpu")
 
@@ -711,8 +710,8 @@ class Reward:
         parts: the images' scores, if known. RewardError for a part that fails or that gives one score to all (of less
         than four images only the line says so): nothing can be learned from it.
         """
-        noise = torch.rand(images[:4].shape, generator=torch.Generator().manual_seed(0)).to(images.device)
-        noise_parts = self(noise, prompts[:4])[1]
+        noise = torch.rand(images[:4].shape, generator=torch.Generator().manual_seed(0))
+        noise_parts = self(noise.to(images.device), prompts[:4])[1]
         parts = parts or self(images, prompts)[1]
         lines = []
         for name in self.parts:
@@ -727,19 +726,6 @@ class Reward:
         return lines
 
 
-def check_repository(name, source, file):
-    """RewardError where a reward's source is no path here, not in the cache, and no repository in reach."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
-
-    if not Path(source).exists() and (source[0] in "./" or source.count("/") > 1):
-        raise RewardError(f"the reward {name}: there is no folder {source}")
-    if Path(source).exists() or isinstance(try_to_load_from_cache(source, file), str):
-        return
-    hint = "check name and network, and for a gated one accept its licence and log in with `hf auth login`"
-    with told(f"the reward {name} needs {source}, which is no folder here and cannot be fetched; {hint}"):
-        HfApi().model_info(source, timeout=10)  # fails at once where a download would try again and again
-
-
 # ---------------------------------------------------------------- names and sums
 def get_reward(spec, device=None, offload=False):
     """A Reward from its name, or from a weighted sum such as "pickscore=0.7,ocr=0.3".
@@ -749,7 +735,9 @@ def get_reward(spec, device=None, offload=False):
     """
     parts = {}
     for text in spec.split(","):
-        name, weight = split_weight(text.strip())
+        name, sign, weight = text.strip().rpartition("=")
+        if not sign or ("?" in name and "=" not in re.split("[?&]", name)[-1]):  # name?key=value has no weight
+            name, weight = text.strip(), "1"
         if name in parts:
             raise RewardError(f"the reward {name} is twice in {spec!r}; name it once")
         with told(f"the weight of the reward {name} is to be a finite number, as in {name}=0.5"):
@@ -757,14 +745,6 @@ def get_reward(spec, device=None, offload=False):
             round(weight)  # raises for what is not finite
         parts[name] = Part(*find_function(name, spec, device), weight)
     return Reward(parts, device, offload)
-
-
-def split_weight(part):
-    """name=0.5 -> name, 0.5, at the last =; but name?key=value has none of its own: weight 1."""
-    name, sign, weight = part.rpartition("=")
-    if not sign or ("?" in name and "=" not in re.split("[?&]", name)[-1]):
-        return part, "1"
-    return name, weight
 
 
 def find_function(name, spec, device):

@@ -130,8 +130,9 @@ def test_a_sum_is_weighted_and_its_parts_are_raw():
         ("my_file.py:f=-1", "my_file.py:f", "-1"),
     ],
 )
-def test_where_a_name_ends_and_its_weight_begins(part, name, weight):
-    assert rewards.split_weight(part) == (name, weight)
+def test_where_a_name_ends_and_its_weight_begins(part, name, weight, monkeypatch):
+    monkeypatch.setattr(rewards, "find_function", lambda *arguments: (None, None, None))
+    assert {name: part.weight for name, part in get_reward(part).parts.items()} == {name: float(weight)}
 
 
 @pytest.mark.parametrize(
