@@ -4,7 +4,7 @@ Every reward is a function `(images, prompts) -> scores`:
     images:  (B, 3, H, W) float tensor in [0, 1], on any device
     prompts: list of B strings, prompts[i] belongs to images[i]
     scores:  (B,) float32 tensor on the CPU, higher is better
-Some take more, all with defaults: `model`, a repository or a folder; `device`, CUDA if there is one; and so on.
+Some take more, all with defaults: `model`, repository or folder; `device`, CUDA if there is one; `batch`; and so on.
 
 `get_reward("shapes")` or `get_reward("pickscore=0.7,ocr=0.3")` makes one from its name; "NAME:MODEL?key=value" sets
 arguments, and "my_file.py:my_function" is a reward of your own. REWARDS, below, is the table of all. [FG] is Flow-GRPO
@@ -14,7 +14,6 @@ arguments, and "my_file.py:my_function" is a reward of your own. REWARDS, below,
 import ast
 import base64
 import contextlib
-import functools
 import importlib.util
 import inspect
 import io
@@ -25,6 +24,7 @@ import time
 import warnings
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial, wraps
 from pathlib import Path
 from urllib.parse import parse_qsl
 
@@ -64,7 +64,7 @@ def to_pictures(images):
 def in_batches(score):
     """Decorates a function (PIL pictures, prompts, ...) -> scores: now a reward, it gets at most `batch` at a time."""
 
-    @functools.wraps(score)
+    @wraps(score)
     def reward(*args, **kwargs):
         given = inspect.signature(score).bind(*args, **kwargs)
         given.apply_defaults()
@@ -98,7 +98,7 @@ LOADED = {}  # (loader's name, device, source, ...) -> (module, ...): rewards th
 def loader(load):
     """Decorates (source, ..., device) -> (module, ...): it loads once, or tells what its docstring begins with."""
 
-    @functools.wraps(load)
+    @wraps(load)
     def load_once(*sources, device=None):
         device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         key = (load.__name__, device, *sources)
@@ -267,15 +267,12 @@ def load_hpsv3(source, base, device):
 
 @in_batches
 def hpsv3(pictures, prompts, model="MizzenAI/HPSv3", base="Qwen/Qwen2-VL-7B-Instruct", batch=8, device=None):
-    """HPSv3, a reward of Qwen2-VL 7B, about 0 to 15: the first of its two outputs, mean and sigma.
-
-    As the package hpsv3 1.0.0 computes it, in bfloat16 on CUDA. model: also a file. base: where the tokenizer is.
-    """
+    """HPSv3, about 0 to 15, as the package hpsv3 1.0.0 computes it: the mean, not sigma. model: also a file."""
     (model, head), tokenizer, processor, (before, after) = load_hpsv3(model, base, device=device)
     area = {"shortest_edge": 256 * 28 * 28, "longest_edge": 256 * 28 * 28}  # pixels
     inputs = processor(pictures, size=area, return_tensors="pt")
-    texts = [{"type": "text", "text": before.format(text_prompt=prompt) + after} for prompt in prompts]
-    messages = [[{"role": "user", "content": [{"type": "image"}, text]}] for text in texts]
+    contents = [[{"type": "image"}, {"type": "text", "text": before.format(text_prompt=p) + after}] for p in prompts]
+    messages = [[{"role": "user", "content": content}] for content in contents]
     chats = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     sizes = inputs["image_grid_thw"].prod(1) // processor.merge_size**2  # tokens of each picture
     chats = [c.replace("<|image_pad|>", "<|image_pad|>" * n, 1) for c, n in zip(chats, sizes.tolist())]
@@ -308,10 +305,7 @@ def edit_distance(a, b):
 
 
 def text_score(read, wanted):
-    """How well what was read is what was wanted, in [0, 1]: 1 - edit distance / length of the text wanted, at least 0.
-
-    As in [FG]'s code: spaces and case do not count, and text that contains all that is wanted scores 1.
-    """
+    """1 - edit distance / length of what is wanted, at least 0; 1 if it is in what was read. No spaces, no case [FG]."""
     read, wanted = ("".join(text.split()).lower() for text in (read, wanted))
     distance = 0 if wanted in read else edit_distance(read, wanted)
     return 1 - min(distance, len(wanted)) / len(wanted)
@@ -322,9 +316,8 @@ def load_ocr(device):
     """RapidOCR: (no module, reader)"""
     from rapidocr import RapidOCR  # PaddleOCR's models in onnxruntime, on the CPU; [FG] has PaddleOCR itself
 
-    # as many threads as torch takes, not all there are
-    options = {"Global.log_level": "critical", "EngineConfig.onnxruntime.intra_op_num_threads": torch.get_num_threads()}
-    return torch.nn.Identity(), RapidOCR(params=options)
+    threads = {"EngineConfig.onnxruntime.intra_op_num_threads": torch.get_num_threads()}  # not all there are
+    return torch.nn.Identity(), RapidOCR(params={"Global.log_level": "critical"} | threads)
 
 
 def ocr(images, prompts):
@@ -335,8 +328,7 @@ def ocr(images, prompts):
 
 
 # ---------------------------------------------------------------- geneval, objects, counts, colours, positions [GE]
-# GenEval's names of COCO's 80 classes, in COCO's order
-COCO = (
+COCO = (  # GenEval's names of its 80 classes, in its order
     "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"
     "bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,"
     "skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,"
@@ -403,8 +395,7 @@ def relations(a, b, margin=0.1):
     if max(abs(beyond)) < 1e-3:
         return set()
     x, y = beyond / (offset**2).sum() ** 0.5
-    holds = (x < -0.5, x > 0.5, y < -0.5, y > 0.5)
-    return {relation for relation, holding in zip(GENEVAL_RELATIONS, holds) if holding}
+    return {r for r, holds in zip(GENEVAL_RELATIONS, (x < -0.5, x > 0.5, y < -0.5, y > 0.5)) if holds}
 
 
 def judge(wants, objects):
@@ -468,9 +459,9 @@ def load_detector(source, device):
 def instances(class_logits, mask_logits, size, threshold=0.3, limit=100):
     """The objects of one picture, as mmdet's Mask2Former, which GenEval uses, makes them of the network's outputs.
 
-    class_logits: (Q, 81), the last for none; mask_logits: (Q, h, w); size: (H, W) of the picture. Of the `limit` likeliest
-    pairs of query and class, those whose score, the class's probability times the mean probability of the mask's pixels,
-    is over the threshold. (mmdet resizes masks twice, here once.)
+    class_logits: (Q, 81), the last for none; mask_logits: (Q, h, w); size: (H, W) of the picture. Of the likeliest pairs
+    of query and class: those whose score, the class's probability times the mean probability of the mask's pixels, is
+    over the threshold. (mmdet resizes masks twice, here once.)
     """
     probability = class_logits.float().softmax(-1)[:, :-1]
     top, index = probability.flatten().topk(min(limit, probability.numel()))
@@ -486,10 +477,7 @@ def instances(class_logits, mask_logits, size, threshold=0.3, limit=100):
 
 
 def find_colours(picture, things, clip, tokenizer, processor, _):
-    """The colour of each Found, of one class: the likeliest of GENEVAL_COLOURS for CLIP, on the object cut out.
-
-    The object's own pixels on grey (#999), cut to its box, against the mean embedding of three sentences a colour.
-    """
+    """The things, of one class, with colours: CLIP's for the pixels on grey (#999), by the mean of three sentences."""
     name, kinds = things[0].name, ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
     sentences = [kind.format(colour, name) for colour in GENEVAL_COLOURS for kind in kinds]
     texts = embed_texts(sentences, clip, tokenizer).view(len(GENEVAL_COLOURS), 3, -1).mean(1)
@@ -563,19 +551,16 @@ def vlm(images, prompts, url, model=None, question=QUESTION, scale=10.0, timeout
     """A vision-language model's score of image and prompt, divided by scale: [0, 1].
 
     url: of an OpenAI-compatible server (vLLM, SGLang), as http://127.0.0.1:8000/v1. model: its name there; default: the
-    first that the server lists. question: {prompt} stands for the prompt; @FILE for what is in a file. scale: the
-    largest score the question allows. timeout: seconds for one image, with all tries. workers: requests at a time. An
-    answer without a number is asked for again, three times in all, then it is an error. The environment variable
-    VLM_API_KEY is sent as key.
+    first that it lists. question: {prompt} stands for the prompt; @FILE for what is in a file. scale: the largest score
+    there is. timeout: seconds for one image, with all tries, which are three for an answer without a number. workers:
+    requests at a time. The environment variable VLM_API_KEY is sent as key.
     """
     url, key = url.rstrip("/"), os.environ.get("VLM_API_KEY", "none")
+    get = partial(huggingface_hub.get_session().get, headers={"Authorization": f"Bearer {key}"})
     question = Path(question[1:]).read_text("utf-8") if question.startswith("@") else question
 
     def first_model(seconds):
-        answer = huggingface_hub.get_session().get(
-            f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=seconds
-        )
-        return answer.raise_for_status().json()["data"][0]["id"]
+        return get(f"{url}/models", timeout=seconds).raise_for_status().json()["data"][0]["id"]
 
     def chat(messages, temperature, seconds):
         client = huggingface_hub.InferenceClient(base_url=url, api_key=key, timeout=seconds)
@@ -589,7 +574,7 @@ def vlm(images, prompts, url, model=None, question=QUESTION, scale=10.0, timeout
         messages = [{"role": "user", "content": [{"type": "image_url", "image_url": image}, text]}]
         try:
             for temperature in (0.0, 0.5, 1.0):
-                answer = ask_server(url, deadline, functools.partial(chat, messages, temperature))
+                answer = ask_server(url, deadline, partial(chat, messages, temperature))
                 if not answer.choices:
                     raise RewardError(f"the server at {url} gave no chat completion but {str(answer)[:200]}", 1)
                 text = answer.choices[0].message.content or ""
@@ -609,15 +594,12 @@ def vlm(images, prompts, url, model=None, question=QUESTION, scale=10.0, timeout
 
 
 # ---------------------------------------------------------------- the table of rewards
-
-# loads: {loader of a model: {argument with a source: file that it has if it is a repository}}; gigabytes: of models on
-# CUDA; package: what must be there to import, and how to get it; reads: reads(prompt) raises ValueError if it cannot
-Entry = namedtuple("Entry", "function loads gigabytes package reads", defaults=({}, 0.0, (), None))
+# loads: {loader of a model: {argument with a source: file that it has if it is a repository}}; gigabytes: on CUDA;
+# package: what must be there: what pip installs for it; reads: reads(prompt) raises ValueError where it cannot
+Entry = namedtuple("Entry", "function loads gigabytes package reads", defaults=({}, 0.0, "", None))
 _CLIP, _CLIP_TOO = {load_clip: {"model": "config.json"}}, {load_clip: {"clip": "config.json"}}
-_GENEVAL = {load_detector: {"model": "config.json"}} | _CLIP_TOO, 1.2, (), parse_geneval
-_HPSV2 = {load_hpsv2: {"model": "HPS_v2.1_compressed.pt"}}
+_GENEVAL = {load_detector: {"model": "config.json"}} | _CLIP_TOO, 1.2, "", parse_geneval
 _HPSV3 = {load_hpsv3: {"model": "HPSv3.safetensors", "base": "config.json"}}
-_RAPIDOCR = ("rapidocr", "pip install rapidocr onnxruntime")
 REWARDS = {  # a row that is text is the place of a function, as that of a reward of one's own
     "shapes": f"{Path(__file__).resolve().parent}/tests/tiny/shapes.py:shapes",
     "jpeg_compressibility": Entry(jpeg_compressibility),
@@ -625,13 +607,11 @@ REWARDS = {  # a row that is text is the place of a function, as that of a rewar
     "pickscore": Entry(pickscore, _CLIP, 2.0),
     "clipscore": Entry(clipscore, _CLIP, 0.9),
     "aesthetic": Entry(aesthetic, {load_aesthetic: {"model": "aesthetic-model.pth"}} | _CLIP_TOO, 0.9),
-    "hpsv2": Entry(hpsv2, _HPSV2, 2.0, ("open_clip", "pip install open_clip_torch")),
-    "hpsv3": Entry(hpsv3, _HPSV3, 15.5, ("hpsv3", "pip install --no-deps hpsv3")),
-    "ocr": Entry(ocr, {load_ocr: {}}, 0.0, _RAPIDOCR, quoted_text),
+    "hpsv2": Entry(hpsv2, {load_hpsv2: {"model": "HPS_v2.1_compressed.pt"}}, 2.0, "open_clip: open_clip_torch"),
+    "hpsv3": Entry(hpsv3, _HPSV3, 15.5, "hpsv3: --no-deps hpsv3"),
+    "ocr": Entry(ocr, {load_ocr: {}}, 0.0, "rapidocr: rapidocr onnxruntime", quoted_text),
     "geneval": Entry(geneval, *_GENEVAL),
-    "geneval_graded": Entry(
-        functools.partial(geneval, verdict=judge_graded), *_GENEVAL
-    ),  # pictures partly right: between
+    "geneval_graded": Entry(partial(geneval, verdict=judge_graded), *_GENEVAL),  # partly right: between
     "vlm": Entry(vlm),
 }
 Part = namedtuple("Part", "entry function arguments weight")  # of a sum: the function has its arguments set
@@ -644,10 +624,10 @@ class Reward:
         self.parts, self.device, self.offload = parts, device, offload
 
     def models(self):
-        """Yields (name of a part, loader, {source: file in it}) for every model."""
+        """Yields (name of a part, loader, [(source, file in it), ...]) for every model."""
         for name, part in self.parts.items():
             for load, files in part.entry.loads.items():
-                yield name, load, {part.arguments[argument]: file for argument, file in files.items()}
+                yield name, load, [(part.arguments[argument], file) for argument, file in files.items()]
 
     def check(self, prompts):
         """RewardError for a prompt that a part cannot read, and for a repository out of reach. Loads nothing."""
@@ -656,17 +636,14 @@ class Reward:
                 for prompt in prompts if part.entry.reads else []:
                     part.entry.reads(prompt)
         for name, _, files in self.models():
-            others = {PROCESSORS[source]: "preprocessor_config.json" for source in files if source in PROCESSORS}
-            for source, file in (files | others).items():
+            others = [(PROCESSORS[source], "preprocessor_config.json") for source, _ in files if source in PROCESSORS]
+            for source, file in files + others:
                 if Path(source).exists():
                     continue
                 if source[0] in "./" or source.count("/") > 1:
                     raise RewardError(f"the reward {name}: there is no folder {source}")
-                wrong = (
-                    f"the reward {name} needs {source}, which is no folder here and cannot be fetched; check name and"
-                )
-                hint = "network, and for a gated one accept its licence and log in with `hf auth login`"
-                with told(f"{wrong} {hint}"):
+                hint = "check name and network, and for a gated one accept its licence and log in with `hf auth login`"
+                with told(f"the reward {name} needs {source}, which is no folder here and cannot be fetched; {hint}"):
                     if not isinstance(huggingface_hub.try_to_load_from_cache(source, file), str):
                         huggingface_hub.HfApi().model_info(source, timeout=10)  # a download would try again and again
 
@@ -674,7 +651,7 @@ class Reward:
         """Load all models that are not loaded yet; RewardError for one that cannot be. Needs no images."""
         for name, load, files in self.models():
             with told(f"the reward {name}"):
-                load(*files, device=self.device)
+                load(*[source for source, _ in files], device=self.device)
             self.put_away()
 
     def put_away(self):
@@ -705,10 +682,9 @@ class Reward:
         return sum(part.weight * scored[name] for name, part in self.parts.items()), scored
 
     def self_check(self, images, prompts, parts=None):
-        """Score noise beside images (B, 3, H, W) of the model; a line for each part tells the means.
+        """A line for each part with its means over images (B, 3, H, W), of scores `parts` if known, and over noise.
 
-        parts: the images' scores, if known. RewardError for a part that fails or that gives one score to all (of less
-        than four images only the line says so): nothing can be learned from it.
+        RewardError where it fails or scores all alike (of less than four images only the line says so).
         """
         noise = torch.rand(images[:4].shape, generator=torch.Generator().manual_seed(0))
         noise_parts = self(noise.to(images.device), prompts[:4])[1]
@@ -763,10 +739,11 @@ def find_function(name, spec, device):
             raise RewardError(f"the file {file} has no function {function}(images, prompts) -> scores")
         entry = Entry(own, reads=getattr(own, "reads", None))  # an attribute of it, if it cannot read all prompts
     if isinstance(entry, str):
-        hint = "; a reward of your own is my_file.py:my_function" if ".py" in head else ""
-        raise RewardError(f"unknown reward {kind!r} in --reward {spec!r}; known are {', '.join(REWARDS)}{hint}")
-    if entry.package and importlib.util.find_spec(entry.package[0]) is None:
-        raise RewardError(f"the reward {kind} needs the package {entry.package[0]}; install it: {entry.package[1]}")
+        known = f"known are {', '.join(REWARDS)}; a reward of your own is my_file.py:my_function"
+        raise RewardError(f"unknown reward {kind!r} in --reward {spec!r}; {known}")
+    package, _, install = entry.package.partition(": ")
+    if package and importlib.util.find_spec(package) is None:
+        raise RewardError(f"the reward {kind} needs the package {package}; install it: pip install {install}")
     arguments = {p.name: p.default for p in inspect.signature(entry.function).parameters.values()}
     known = [key for key in list(arguments)[2:] if key not in ("device", "verdict")]
     given = {"device": device} if "device" in arguments else {}
@@ -781,6 +758,8 @@ def find_function(name, spec, device):
     arguments |= given
     if kind == "vlm" and not model.startswith(("http://", "https://")):
         raise RewardError("the reward vlm needs the address of its server; write vlm:http://127.0.0.1:8000/v1")
+    if kind == "vlm" and huggingface_hub.is_offline_mode():
+        raise RewardError("HF_HUB_OFFLINE keeps huggingface_hub from asking the server of the reward vlm; unset it")
     if kind == "vlm" and (file := arguments["question"]).startswith("@") and not Path(file[1:]).is_file():
         raise RewardError(f"there is no file {file[1:]} with the question of the reward {name}")
-    return entry, functools.partial(entry.function, **given), arguments
+    return entry, partial(entry.function, **given), arguments
