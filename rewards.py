@@ -158,8 +158,7 @@ def load_clip(source, device):
     words = model.config.text_config.vocab_size
     if not 0.9 * words <= len(tokenizer) <= words:  # without its files, from_pretrained makes up an empty one
         raise ValueError(f"{prepare} has no tokenizer of a CLIP model: {len(tokenizer)} tokens, not {words}")
-    processor = transformers.CLIPImageProcessorPil.from_pretrained(prepare)
-    return frozen(model, device), tokenizer, processor, scale
+    return frozen(model, device), tokenizer, transformers.CLIPImageProcessorPil.from_pretrained(prepare), scale
 
 
 def embed_texts(texts, model, tokenizer):
@@ -305,7 +304,7 @@ def edit_distance(a, b):
 
 
 def text_score(read, wanted):
-    """1 - edit distance / length of what is wanted, at least 0; 1 if it is in what was read. No spaces, no case [FG]."""
+    """1 - edit distance / length of what is wanted, at least 0; 1 if it was read. Spaces and case do not count [FG]."""
     read, wanted = ("".join(text.split()).lower() for text in (read, wanted))
     distance = 0 if wanted in read else edit_distance(read, wanted)
     return 1 - min(distance, len(wanted)) / len(wanted)
@@ -376,25 +375,20 @@ def parse_geneval(prompt):
 
 def keep_objects(found, counting):
     """{name: [Found]} that count for GenEval, the surest first: over 0.3, or 0.9 if counting, at most 16 of a name."""
-    kept = {}
-    for thing in sorted(found, key=lambda thing: -thing.score):
-        if thing.score > (0.9 if counting else 0.3):
-            kept.setdefault(thing.name, []).append(thing)
-    return {name: things[:16] for name, things in kept.items()}
+    sure = sorted((f for f in found if f.score > (0.9 if counting else 0.3)), key=lambda f: -f.score)
+    return {thing.name: [other for other in sure if other.name == thing.name][:16] for thing in sure}
 
 
 def relations(a, b, margin=0.1):
-    """Which GENEVAL_RELATIONS hold from box a to box b: a set of none, one or two (above left, say).
-
-    The centres must lie further apart than margin times the sum of the boxes' sizes; what is more counts in a direction
-    where it is over half of the distance of the centres.
+    """Which GENEVAL_RELATIONS hold from box a to box b, none, one or two (above left, say). What the centres are apart
+    more than margin times the sum of the boxes' sizes counts, in a direction where it is over half of their distance.
     """
     (a_from, a_to), (b_from, b_to) = np.reshape(a, (2, 2)), np.reshape(b, (2, 2))
     offset, sizes = (a_from + a_to - b_from - b_to) / 2, abs(a_to - a_from) + abs(b_to - b_from)
     beyond = np.sign(offset) * np.maximum(abs(offset) - margin * sizes, 0)
     if max(abs(beyond)) < 1e-3:
         return set()
-    x, y = beyond / (offset**2).sum() ** 0.5
+    x, y = beyond / np.hypot(*offset)
     return {r for r, holds in zip(GENEVAL_RELATIONS, (x < -0.5, x > 0.5, y < -0.5, y > 0.5)) if holds}
 
 
@@ -459,9 +453,8 @@ def load_detector(source, device):
 def instances(class_logits, mask_logits, size, threshold=0.3, limit=100):
     """The objects of one picture, as mmdet's Mask2Former, which GenEval uses, makes them of the network's outputs.
 
-    class_logits: (Q, 81), the last for none; mask_logits: (Q, h, w); size: (H, W) of the picture. Of the likeliest pairs
-    of query and class: those whose score, the class's probability times the mean probability of the mask's pixels, is
-    over the threshold. (mmdet resizes masks twice, here once.)
+    class_logits: (Q, 81), the last for none; mask_logits: (Q, h, w); size: (H, W) of the picture. A score is a class's
+    probability times the mean probability of the mask's pixels. (mmdet resizes masks twice, here once.)
     """
     probability = class_logits.float().softmax(-1)[:, :-1]
     top, index = probability.flatten().topk(min(limit, probability.numel()))
@@ -491,9 +484,8 @@ def find_colours(picture, things, clip, tokenizer, processor, _):
 def geneval(pictures, prompts, model=DETECTOR, clip=CLIP, size=800, batch=8, device=None, verdict=judge):
     """GenEval without mmdet: does the image show the objects, number, colours, position of its prompt? 1.0 or 0.0.
 
-    Objects by transformers' Mask2Former with Swin-S, trained on COCO (GenEval's is the same network, trained by mmdet);
-    colours by CLIP L/14. size: pixels of the shorter side for the detector, 800 as mmdet has it, where transformers'
-    repository says 384. verdict: judge, or judge_graded. ValueError for a prompt of other than its six templates.
+    Objects by transformers' Mask2Former with Swin-S, of COCO (GenEval's is the same network, trained by mmdet); colours
+    by CLIP L/14. size: pixels of the shorter side, 800 as in mmdet, where transformers' repository says 384.
     """
     detector, processor = load_detector(model, device=device)
     sides = {"shortest_edge": size, "longest_edge": size * 1333 // 800}
@@ -520,14 +512,12 @@ QUESTION = (
 
 
 def ask_server(url, deadline, request):
-    """request(seconds left), again after 0.5, 1, 2, 4, ... seconds, until the deadline (of time.monotonic()), while the
-    server is not there, fails (status 5xx, 408, 429) or answers no JSON. Then, or where it refuses, RewardError.
-    """
+    """What request(seconds left) gives; asked again, ever less often, until the deadline, unless the server refuses."""
     wait = 0.5
     while True:
         try:
             return request(max(deadline - time.monotonic(), 0.01))
-        except Exception as error:  # httpx's, huggingface_hub's, JSON's
+        except Exception as error:  # it is not there, fails, or answers no JSON
             response, reason = getattr(error, "response", None), str(error) or type(error).__name__
         if response is not None and response.status_code < 500 and response.status_code not in (408, 429):
             raise RewardError(f"the server at {url} refused: status {response.status_code}, {response.text[:200]}", 1)
@@ -556,11 +546,12 @@ def vlm(images, prompts, url, model=None, question=QUESTION, scale=10.0, timeout
     requests at a time. The environment variable VLM_API_KEY is sent as key.
     """
     url, key = url.rstrip("/"), os.environ.get("VLM_API_KEY", "none")
-    get = partial(huggingface_hub.get_session().get, headers={"Authorization": f"Bearer {key}"})
     question = Path(question[1:]).read_text("utf-8") if question.startswith("@") else question
 
     def first_model(seconds):
-        return get(f"{url}/models", timeout=seconds).raise_for_status().json()["data"][0]["id"]
+        headers = {"Authorization": f"Bearer {key}"}
+        answer = huggingface_hub.get_session().get(f"{url}/models", headers=headers, timeout=seconds)
+        return answer.raise_for_status().json()["data"][0]["id"]
 
     def chat(messages, temperature, seconds):
         client = huggingface_hub.InferenceClient(base_url=url, api_key=key, timeout=seconds)
@@ -593,7 +584,7 @@ def vlm(images, prompts, url, model=None, question=QUESTION, scale=10.0, timeout
         pool.shutdown(cancel_futures=True)
 
 
-# ---------------------------------------------------------------- the table of rewards
+# ---------------------------------------------------------------- the table of rewards, names and sums
 # loads: {loader of a model: {argument with a source: file that it has if it is a repository}}; gigabytes: on CUDA;
 # package: what must be there: what pip installs for it; reads: reads(prompt) raises ValueError where it cannot
 Entry = namedtuple("Entry", "function loads gigabytes package reads", defaults=({}, 0.0, "", None))
@@ -638,13 +629,12 @@ class Reward:
         for name, _, files in self.models():
             others = [(PROCESSORS[source], "preprocessor_config.json") for source, _ in files if source in PROCESSORS]
             for source, file in files + others:
-                if Path(source).exists():
-                    continue
-                if source[0] in "./" or source.count("/") > 1:
+                here = Path(source).exists()
+                if not here and (source[0] in "./" or source.count("/") > 1):
                     raise RewardError(f"the reward {name}: there is no folder {source}")
                 hint = "check name and network, and for a gated one accept its licence and log in with `hf auth login`"
                 with told(f"the reward {name} needs {source}, which is no folder here and cannot be fetched; {hint}"):
-                    if not isinstance(huggingface_hub.try_to_load_from_cache(source, file), str):
+                    if not here and not isinstance(huggingface_hub.try_to_load_from_cache(source, file), str):
                         huggingface_hub.HfApi().model_info(source, timeout=10)  # a download would try again and again
 
     def load(self):
@@ -682,10 +672,7 @@ class Reward:
         return sum(part.weight * scored[name] for name, part in self.parts.items()), scored
 
     def self_check(self, images, prompts, parts=None):
-        """A line for each part with its means over images (B, 3, H, W), of scores `parts` if known, and over noise.
-
-        RewardError where it fails or scores all alike (of less than four images only the line says so).
-        """
+        """A line for each part: its means over images (of scores `parts`, if known) and noise. RewardError if alike."""
         noise = torch.rand(images[:4].shape, generator=torch.Generator().manual_seed(0))
         noise_parts = self(noise.to(images.device), prompts[:4])[1]
         parts = parts or self(images, prompts)[1]
@@ -696,18 +683,17 @@ class Reward:
             result = "the images score higher" if a > b else "noise scores higher"
             if torch.cat([image, noise]).unique().numel() == 1:
                 result = f"all {n} images of the model and noise score alike: nothing can be learned from that"
-                if n >= 4:
+                if n >= 4:  # fewer may be alike by chance
                     raise RewardError(f"the reward {name} is {a:.4g}: {result}; a prompt was {prompts[0][:200]!r}", 1)
             lines.append(f"reward {name}: {a:.4g} for images, {b:.4g} for noise; {result}")
         return lines
 
 
-# ---------------------------------------------------------------- names and sums
 def get_reward(spec, device=None, offload=False):
-    """A Reward from its name, or from a weighted sum such as "pickscore=0.7,ocr=0.3".
+    """A Reward from its name, or from a weighted sum such as "pickscore=0.7,ocr=0.3". It loads no model.
 
     A part is NAME, NAME:MODEL, NAME:MODEL?key=value&key=value or FILE.py:FUNCTION?key=value, and may end with =WEIGHT;
-    values are URL-encoded (%2C for a comma). Tells what is wrong with names, files and packages; loads no model.
+    values are URL-encoded (%2C for a comma). RewardError for what is wrong with names, files and packages.
     """
     parts = {}
     for text in spec.split(","):
@@ -755,11 +741,10 @@ def find_function(name, spec, device):
             given[key] = type(arguments[key])(value) if isinstance(arguments[key], int | float) else value
     if kind == "aesthetic" and "clip" not in given and Path(given.get("model", ""), "config.json").is_file():
         given["clip"] = given["model"]  # where the folder has a CLIP as well, that one
-    arguments |= given
     if kind == "vlm" and not model.startswith(("http://", "https://")):
         raise RewardError("the reward vlm needs the address of its server; write vlm:http://127.0.0.1:8000/v1")
     if kind == "vlm" and huggingface_hub.is_offline_mode():
         raise RewardError("HF_HUB_OFFLINE keeps huggingface_hub from asking the server of the reward vlm; unset it")
-    if kind == "vlm" and (file := arguments["question"]).startswith("@") and not Path(file[1:]).is_file():
+    if kind == "vlm" and (file := given.get("question", "")).startswith("@") and not Path(file[1:]).is_file():
         raise RewardError(f"there is no file {file[1:]} with the question of the reward {name}")
-    return entry, partial(entry.function, **given), arguments
+    return entry, partial(entry.function, **given), arguments | given

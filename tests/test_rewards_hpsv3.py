@@ -80,7 +80,8 @@ def base(tmp_path_factory):
         text_config=dict(
             vocab_size=400, hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=LAYERS,
             num_attention_heads=HEADS, num_key_value_heads=KV_HEADS,
-            rms_norm_eps=1e-6, rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+            rms_norm_eps=1e-6,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
         ),
         vision_config=dict(depth=V_DEPTH, embed_dim=V_WIDTH, hidden_size=WIDTH, num_heads=V_HEADS, mlp_ratio=2),
         image_token_id=fast.convert_tokens_to_ids("<|image_pad|>"),
@@ -140,7 +141,8 @@ def published_weights(words):
     for name, shape in sorted(shapes.items()):
         value = torch.randn(shape, generator=generator)
         fan_in = torch.Size(shape[1:]).numel()
-        value = 1 + 0.2 * value if "norm" in name and "weight" in name or "ln_q.weight" in name else value / fan_in**0.5
+        scale = name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "ln_q.weight"))
+        value = 1 + 0.2 * value if scale else value / fan_in**0.5
         weights[name] = (value * 3 if "q_proj.weight" in name or "k_proj.weight" in name else value).bfloat16()
     return weights
 
@@ -157,7 +159,7 @@ def checkpoint(base, tmp_path_factory):
 
 
 def target_size(height, width, area=256 * 28 * 28):
-    """Multiples of 28 nearest to the picture's shape whose product is at most the area (or at least, if it is small)."""
+    """Multiples of 28 near the picture's shape, whose product is at most the area (or at least, if it is small)."""
     h, w = (max(28, round(side / 28) * 28) for side in (height, width))
     factor = (area / (height * width)) ** 0.5
     if h * w > area:
@@ -197,7 +199,7 @@ def by_hand(weights, image, prompt):
     w = {name: value.double() for name, value in weights.items()}
 
     def linear(x, name):
-        return x @ w[f"{name}.weight"].T + (w[f"{name}.bias"] if f"{name}.bias" in w else 0)
+        return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)
 
     def norm(x, name):
         return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-6)
@@ -325,10 +327,10 @@ def test_names_too_few_or_too_many_are_an_error(base, checkpoint, tmp_path, drop
 
 def test_a_package_of_another_form_is_told(base, checkpoint, tmp_path):
     (tmp_path / "hpsv3" / "dataset" / "data_collator_qwen.py").write_text('INSTRUCTION = "{text_prompt}"\n')
-    with pytest.raises(RewardError, match="cannot be loaded as HPSv3.*prompt_with_special_token"):
+    with pytest.raises(RewardError, match=r"cannot be loaded as HPSv3.*prompt_with_special_token"):
         get_reward(f"hpsv3:{checkpoint}?base={base}", "cpu").load()
     (tmp_path / "hpsv3" / "dataset" / "data_collator_qwen.py").unlink()
-    with pytest.raises(RewardError, match="cannot be loaded as HPSv3.*data_collator_qwen.py"):
+    with pytest.raises(RewardError, match=r"cannot be loaded as HPSv3.*data_collator_qwen.py"):
         get_reward(f"hpsv3:{checkpoint}?base={base}", "cpu").load()
 
 
