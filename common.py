@@ -1158,11 +1158,12 @@ def split_batch(args, each, group=None, branches=1, usual=8):
 
 
 def load_rewards(args, get_reward):
-    """args.reward and args.eval_reward (or None), after checking that both can read every prompt."""
+    """args.reward and args.eval_reward (or None), loaded, after checking that both can read every prompt."""
     options = local_device(args.device), args.reward_offload
     rewards = [get_reward(spec, *options) if spec else None for spec in (args.reward, args.eval_reward)]
     for reward in filter(None, rewards):
         reward.check(read_prompts(args.prompts) + read_prompts(args.eval_prompts or args.prompts))
+        reward.load()
     return rewards
 
 
