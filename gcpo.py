@@ -79,11 +79,11 @@ class Args:
     wandb: str | None = option(None, "project to log to as well; needs the package wandb")
 
 
-# Settings that depend on the model, as in grpo.py; steps, noise, clip range and evaluation of FLUX.1 are from [GC], with
-# a LoRA as [DG] has it. [GC] trains half of the chunks; tiny trains all of its few.
+# Settings that depend on the model, as in grpo.py; FLUX.1 has steps, noise, clip range and evaluation of [GC], and a LoRA
+# as in [DG]. [GC] trains half of the chunks; tiny trains both that it has.
 DEFAULTS = {
     "tiny": dict(
-        iterations=120, prompts_per_iteration=8, group_size=12, micro_batch=48,
+        iterations=140, prompts_per_iteration=8, group_size=12, micro_batch=48,
         steps=10, sde_steps="early", guidance=1.0, resolution=32, noise_level=0.7,
         learning_rate=1e-3, clip_range=1e-3, ema_decay=0.9, lora_rank=16, lora_alpha=32.0,
         chunks="2,3", chunk_fraction=1.0, eval_every=10, eval_steps=10, eval_seeds=4,
