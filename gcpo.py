@@ -79,8 +79,8 @@ class Args:
     wandb: str | None = option(None, "project to log to as well; needs the package wandb")
 
 
-# Settings that depend on the model, as in grpo.py; FLUX.1 has steps, noise, clip range and evaluation of [GC], and a LoRA
-# as in [DG]. [GC] trains half of the chunks; tiny trains both that it has.
+# Settings that depend on the model, as in grpo.py; FLUX.1 has steps, noise, clip range and evaluation of [GC], and the
+# LoRA of [DG]. [GC] trains half of the chunks; tiny trains both that it has.
 DEFAULTS = {
     "tiny": dict(
         iterations=140, prompts_per_iteration=8, group_size=12, micro_batch=48,
