@@ -38,13 +38,13 @@ def no_traceback(kind, error, traceback):
 
 
 sys.excepthook = no_traceback
-for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):  # they tell of packages that are not used here
-    os.environ.setdefault(name, "error")
-
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # or it tells of packages that are not used here
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 if not sys.stderr.isatty():
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import torch  # noqa: E402
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache  # noqa: E402
 from safetensors import SafetensorError  # noqa: E402
 from torch.nn.functional import adaptive_avg_pool2d, pad, pixel_shuffle, pixel_unshuffle  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -363,8 +363,6 @@ def find_family(model):
 
     Reads model_index.json, from the folder, the cache or the hub. StopRun: it is none of ours, or out of reach.
     """
-    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
-
     source = str(TINY) if model == "tiny" else model
     try:
         index = Path(source, "model_index.json")
@@ -432,12 +430,10 @@ class Policy:
         self.device, self.resolution, self.guidance = torch.device(device), resolution, guidance
         self.micro_batch, self.velocity_evals = micro_batch, 0
         cuda = self.device.type == "cuda"
-        numbers = latents * math.prod(self.shape)
-        large = cuda and 32 * numbers > torch.cuda.get_device_properties(self.device).total_memory
-        self.store = torch.device("cpu") if large else self.device
+        memory = torch.cuda.get_device_properties(self.device).total_memory if cuda else math.inf
+        self.store = torch.device("cpu") if 32 * latents * math.prod(self.shape) > memory else self.device
         if cuda and self.transformer.dtype != torch.float32:  # TF32, or LoRA takes as long as the rest
             torch.set_float32_matmul_precision("high")
-
         self.encoders = [part for name, part in pipe.components.items() if part and name.startswith("text_encoder")]
         for part in (pipe.vae, pipe.transformer, *self.encoders):
             part.requires_grad_(False).eval()
@@ -469,13 +465,10 @@ class Policy:
         unique = list(dict.fromkeys([*prompts, ""]))
         index = torch.tensor([unique.index(prompt) for prompt in [*prompts, ""]])
         parts = [self.family.encode(unique[start : start + 8]) for start in range(0, len(unique), 8)]
-        text = [torch.cat(rows) for rows in zip(*parts)]
-        text = [rows[index.to(rows.device)].to(self.device) for rows in text]
-        if self.device.type != "cpu":
-            for encoder in self.encoders:
-                encoder.to("cpu")
-            torch.cuda.empty_cache()
-        return text
+        for encoder in self.encoders:
+            encoder.to("cpu")
+        torch.cuda.empty_cache()
+        return [torch.cat(rows)[index].to(self.device) for rows in zip(*parts)]
 
     def velocity(self, x, sigma, text, owner):
         """Velocity at x, with classifier-free guidance if it is on: (B, ...) -> (B, ...) float32.
@@ -1057,8 +1050,7 @@ def read_prompts(path):
             raise ValueError("it has a NUL character")
     except (OSError, ValueError) as error:
         raise StopRun(f"prompts file {path} cannot be read or is not UTF-8 text ({brief(error)}); give a text file")
-    prompts = [line.strip() for line in text.split("\n")]
-    prompts = [line for line in prompts if line and not line.startswith("#")]
+    prompts = [prompt for line in text.split("\n") if (prompt := line.strip()) and not prompt.startswith("#")]
     if not prompts:
         raise StopRun(f"prompts file {path} has no prompts; write one a line")
     return prompts
