@@ -726,10 +726,11 @@ def save_checkpoint(folder, policy, optimizer, counters, lines):
     """checkpoint.pt and lora/, so that a crash never leaves half a file."""
     ema = policy.ema.state_dict() if policy.ema else None
     state = {"lora": policy.lora(), "optimizer": optimizer.state_dict(), "ema": ema}
-    with aside(folder) as place, policy.averaged():
+    with aside(folder) as place:
         with open(place / "checkpoint.pt", "wb") as file:
             torch.save(state | {"counters": counters, "lines": lines}, file)
-        policy.save_lora(place / "lora")
+        with policy.averaged():
+            policy.save_lora(place / "lora")
 
 
 def load_checkpoint(path, policy, optimizer):
