@@ -168,9 +168,8 @@ def adaptive_chunks(l1rel, longest, order=1):
 def draw_chunks(l1rel, sizes, fraction, weighted, dice):
     """Draw chunks of a trajectory without replacement, uniformly or by their mean L1rel [GC] eq. 17.
 
-    l1rel: (K,); sizes: those of its chunks; dice: (K,) exponentially distributed numbers, of which each chunk has one:
-    the largest weight / number are drawn, as torch.multinomial does it. Returns (K, K): 1 / size where two steps share
-    a drawn chunk, else 0.
+    l1rel: (K,); sizes: of its chunks; dice: (K,) exponential numbers, one a chunk: the largest weight / number are
+    drawn, as torch.multinomial does it. Returns (K, K): 1 / size where two steps share a drawn chunk, else 0.
     """
     weight = torch.stack([piece.mean() if weighted else torch.ones(()) for piece in l1rel.split(sizes)])
     drawn = (weight / dice[: len(sizes)]).topk(max(1, int(fraction * len(sizes) + 0.5))).indices.tolist()
