@@ -1,7 +1,6 @@
 """torchrun: two processes (CPU, gloo) make the run that one makes, and end together whatever happens to one of them."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -9,9 +8,10 @@ import time
 from pathlib import Path
 
 import common
+from conftest import ROOT, SCRIPTS, here, metrics
+
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, here, metrics
 from safetensors.torch import load_file
 
 # A micro-batch that both one and two processes fill: the network then sees the same shapes in each.
@@ -96,6 +96,7 @@ def assert_same_adapter(one, other):
 
 def assert_same_metrics(one, other):
     """Metrics are the same to rounding, counts and what is evaluated exactly; the ratio starts at 1 in both."""
+    one, other = metrics(one, times=False), metrics(other, times=False)
     assert len(one) == len(other)
     for a, b in zip(one, other):
         assert a.keys() == b.keys()
@@ -119,43 +120,46 @@ def test_two_processes_make_the_run_of_one(script, tmp_path):
     assert errors == [[], []] and out.count("evaluation ") == out.count("step   sigma") == 1  # one of them prints
     assert {path.name for path in (tmp_path / "one").iterdir()} == {path.name for path in (tmp_path / "two").iterdir()}
     assert_same_adapter(tmp_path / "one", tmp_path / "two")
-    assert_same_metrics(metrics(tmp_path / "one"), metrics(tmp_path / "two"))
+    assert_same_metrics(tmp_path / "one", tmp_path / "two")
     travelled = torch.cat([rows.flatten() for name, rows in adapter(tmp_path / "two").items() if "lora_B" in name])
     assert travelled.abs().max() > 1e-3  # B began at 0
 
 
-IN_FLOAT64 = """
-import sys
-sys.path[:0] = {path}
-import common, {script}
-
-class Double(common.Policy):
+class DoublePolicy(common.Policy):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.transformer.double()
+        self.pipe.vae.double()
 
     def encode(self, prompts):
         return [rows.double() for rows in super().encode(prompts)]
 
-common.Policy, sys.argv[0] = Double, "{script}.py"
-common.run_script({script}.main, {script}.Args, {script}.DEFAULTS)
+
+IN_FLOAT64 = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import common, gcpo, test_processes
+common.Policy, sys.argv[0] = test_processes.DoublePolicy, "gcpo.py"
+common.run_script(gcpo.main, gcpo.Args, gcpo.DEFAULTS)
 """
 
 
-def test_every_weight_in_float64(tmp_path):
+def test_every_weight_in_float64(monkeypatch, tmp_path):
     """Where rounding is out of the way, every single weight of two processes is that of one."""
     driver = tmp_path / "driver.py"
-    driver.write_text(IN_FLOAT64.format(path=[str(ROOT)], script="gcpo"))
-    arguments = options("gcpo", "--iterations", 2, "--eval-every", 2)
-    alone = [sys.executable, str(driver), *arguments, "--output", str(tmp_path / "one")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(alone, check=True, capture_output=True, timeout=600, env=environment)
+    driver.write_text(IN_FLOAT64)
+    arguments = options("gcpo", "--iterations", 2, "--eval-every", 2, "--ema-decay", 0)  # the average is float32
+    monkeypatch.setattr(common, "Policy", DoublePolicy)
+    one_process("gcpo", tmp_path / "one", *arguments)
     run = Torchrun(tmp_path / "logs", str(driver), *arguments, "--output", tmp_path / "two")
     status, _, report, errors = run.end()
     assert status == 0, (report, errors)
     one, two = adapter(tmp_path / "one"), adapter(tmp_path / "two")
     for name, weight in one.items():
-        assert (weight - two[name]).abs().max() <= 1e-7 * weight.abs().max(), name
+        assert weight.dtype == torch.float64
+        assert (weight - two[name]).abs().max() <= 1e-9 * weight.abs().max(), name
+    worst = max((weight - two[name]).abs().max() / weight.abs().max() for name, weight in one.items() if weight.any())
+    print(f"WORST {worst}")
 
 
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
@@ -168,7 +172,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     assert status == 0, (report, errors)
     assert here("grpo", "--resume", tmp_path / "parts", "--iterations", 3).returncode == 0
     assert_same_adapter(tmp_path / "whole", tmp_path / "parts")
-    assert_same_metrics(metrics(tmp_path / "whole"), metrics(tmp_path / "parts"))
+    assert_same_metrics(tmp_path / "whole", tmp_path / "parts")
 
 
 def saved(folder):
@@ -183,11 +187,10 @@ def test_killed_process_ends_the_run(tmp_path):
     )
     run.wait_for(tmp_path / "run", 3)  # the base model and two iterations
     os.kill(run.pid(1), signal.SIGKILL)
-    status, _, report, (first, second) = run.end(within=MINUTE)
+    status, _, _, (first, second) = run.end(within=MINUTE)
     assert status != 0 and second == []
     assert [line[:33] for line in first if "stopping" not in line] == ["error: another process has ended "]
     assert saved(tmp_path / "run") >= 1
-    shutil.rmtree(tmp_path / "logs")
 
 
 def test_first_process_killed_ends_the_run(tmp_path):
@@ -235,7 +238,7 @@ def test_reward_that_fails_in_one_process(tmp_path):
         tmp_path / "logs", "grpo", *arguments, "--prompts", tmp_path / "prompts.txt", "--model", "tiny",
         "--reward", reward, "--output", tmp_path / "run",
     )  # fmt: skip
-    status, _, report, (first, second) = run.end(within=3 * MINUTE)
+    status, _, _, (first, second) = run.end(within=3 * MINUTE)
     assert status != 0
     (line,) = second
     assert line.startswith("error: ") and "picky" in line and "will not look at this" in line
@@ -253,7 +256,7 @@ def test_reward_that_fails_in_one_process(tmp_path):
 @pytest.mark.skipif(torch.cuda.device_count() > 1, reason="two processes have their GPUs here")
 def test_bad_input_is_told_once(arguments, told, tmp_path):
     run = Torchrun(tmp_path / "logs", "grpo", *arguments, "--output", tmp_path / "run")
-    status, out, report, (first, second) = run.end(within=MINUTE)
+    status, _, report, (first, second) = run.end(within=MINUTE)
     assert status != 0 and "exitcode  : 2 " in report
     assert second == [] and len(first) == 1 and first[0].startswith("error: ") and told in first[0]
     assert not (tmp_path / "run").exists()
@@ -282,4 +285,4 @@ def test_a_gpu_for_each_process(monkeypatch):
 def test_one_process_makes_no_group():
     assert common.PROCESSES == 1 and not torch.distributed.is_initialized()
     rows = torch.arange(6).view(3, 2)
-    assert common.share(rows) is not None and torch.equal(common.gather(common.share(rows)), rows)
+    assert torch.equal(common.gather(common.share(rows)), rows)
