@@ -1290,7 +1290,7 @@ def run_script(main, args_class, defaults):
         elif not hasattr(error, "exit_status"):
             raise
         if RANK > 0 and status > 128:
-            sys.exit()  # as the first does, which may still be saving, and torchrun ends it where another fails
+            sys.exit()  # the first tells it and may still be saving: torchrun ends it where another's status is not 0
         if RANK > 0:
             time.sleep(10)  # the first may find the same and tells it; torchrun then ends this one
         print(("error: " if status < 128 else "") + " ".join(message.split()), file=sys.stderr)
