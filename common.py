@@ -24,7 +24,7 @@ import tempfile
 import textwrap
 import time
 from argparse import SUPPRESS, ArgumentParser
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import get_args
 
@@ -532,7 +532,7 @@ class Policy:
         """Average the gradients over the processes, take loss_scale out, clip; returns the norm before clipping."""
         for parameter in self.parameters:
             if PROCESSES > 1:
-                torch.distributed.all_reduce(parameter.grad)
+                collective(torch.distributed.all_reduce, parameter.grad)
             parameter.grad /= self.loss_scale * PROCESSES
         return torch.nn.utils.clip_grad_norm_(self.parameters, max_norm)
 
@@ -572,7 +572,7 @@ def make_policy(args, trajectories):
     return Policy(
         load_pipeline(args.model, args.dtype, args.resolution),
         **{name: getattr(args, name) for name in names},
-        device=local_device(args.device),
+        device=args.device,
         micro_batch=min(args.micro_batch, trajectories),
         latents=3 * args.steps * trajectories,  # a step keeps its noise, and the states before and after it
         max_sequence_length=0 if args.family == "tiny" else None,  # which was trained without T5's tokens
@@ -582,24 +582,49 @@ def make_policy(args, trajectories):
 # ---------------------------------------------------------------- several processes, as torchrun starts them
 
 
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK, PROCESSES = 0, 1
+if torch.distributed.is_torchelastic_launched():
+    RANK, PROCESSES = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def take_gpu(device):
+    """Make torchrun's processes on this machine use a GPU each; "cuda" is from then on the GPU of this process."""
+    if PROCESSES > 1 and device.startswith("cuda"):
+        local, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if local > gpus or device != "cuda":
+            raise StopRun(
+                f"--device {device} cannot be used by {local} processes on a machine with {gpus} GPUs; give torchrun "
+                "--nproc-per-node as many as there are, or --device cpu"
+            )
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
+@contextmanager
+def quiet():
+    """Inside, the first process alone prints."""
+    out, err = (sys.stdout, sys.stderr) if RANK == 0 else [open(os.devnull, "w")] * 2
+    with redirect_stdout(out), redirect_stderr(err):
+        yield
 
 
 def join_processes(args):
-    """Where torchrun has started several processes, let them find each other. The first alone prints and is heard.
-
-    What the others write goes to a folder of their own that is thrown away: the code of a run knows one process.
-    """
+    """Let the processes find each other. A run knows just one: what the others write goes to a folder that is lost."""
     if PROCESSES > 1:
-        torch.distributed.init_process_group()  # gloo for tensors on a CPU, nccl for those on CUDA
+        collective(torch.distributed.init_process_group)  # gloo for what is on a CPU, nccl for what is on CUDA
+        everywhere(None)  # none goes on before all have looked at args.output
     if RANK > 0:
-        args.output, args.wandb, sys.stdout = tempfile.mkdtemp(), None, open(os.devnull, "w")
+        args.output, args.wandb = tempfile.mkdtemp(), None
         atexit.register(shutil.rmtree, args.output, ignore_errors=True)
 
 
-def local_device(device):
-    """The device of this process: torchrun gives each process on a machine a GPU of its own."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if PROCESSES > 1 and device == "cuda" else device
+def collective(operation, *values):
+    """One of torch.distributed's operations. Where a process has ended they fail in the others, which end as well."""
+    try:
+        operation(*values)
+    except RuntimeError as error:
+        if RANK > 0:
+            sys.exit(1)
+        raise StopRun(f"another process has ended ({brief(error)}); find out why, go on with --resume", exit_status=1)
 
 
 def share(rows):
@@ -611,7 +636,7 @@ def everywhere(value):
     """The list of all processes' values, tensors on the CPU or other objects, the same in each process."""
     values = [value] * PROCESSES
     if PROCESSES > 1:
-        torch.distributed.all_gather_object(values, value)
+        collective(torch.distributed.all_gather_object, values, value)
     return values
 
 
@@ -752,7 +777,7 @@ def load_checkpoint(path, policy, optimizer):
 
 
 class Log:
-    """What each iteration was, in metrics.jsonl, the terminal, samples/progress.png and wandb. lines: those before."""
+    """What each iteration was: metrics.jsonl, terminal, wandb, samples/progress.png, steps.png. lines: those before."""
 
     def __init__(self, args, lines):
         config, self.folder, self.lines, self.wandb = run_config(args), Path(args.output), lines, None
@@ -781,6 +806,9 @@ class Log:
             names = {"reward_mean": "rollout (SDE)", "eval_reward": "evaluation (ODE)"}
             curves = {names[key]: [(m["iteration"], m[key]) for m in self.lines if key in m] for key in names}
             plot({"reward": curves}, "iteration", self.folder / "samples" / "progress.png")
+            by_step = {name: {"": list(enumerate(row))} for name, row in metrics.items() if isinstance(row, list)}
+            if by_step:
+                plot(by_step, "random step", self.folder / "samples" / "steps.png")
 
 
 class Run:
@@ -819,11 +847,13 @@ class Run:
         return self
 
     def __exit__(self, *error):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if self.complete and self.counters["iteration"] > 0:
-            self.save()
-        self.lock.close()
+        try:  # before the handlers go: torchrun ends every process where one has ended
+            if self.complete and self.counters["iteration"] > 0:
+                self.save()
+        finally:
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
+            self.lock.close()
 
     def on_signal(self, number, frame):
         if self.signal:  # the second time: now
@@ -854,7 +884,7 @@ class Run:
 
     def progress(self, items, label, **options):
         """A bar around an iterable, in a terminal."""
-        return tqdm(items, desc=label, **{"leave": False, "disable": True if RANK else None} | options)
+        return tqdm(items, desc=label, **{"leave": False, "disable": None} | options)
 
     @contextmanager
     def phase(self, name):
@@ -905,11 +935,13 @@ class Run:
             if iteration % args.eval_every == 0 or iteration == args.iterations:
                 with self.phase("eval"):
                     metrics |= self.evaluate(iteration, self.progress)
+            measured = everywhere(self.measured)  # the slowest process counts, and the one that takes most memory
+            self.measured = {name: max(one[name] for one in measured) for name in self.measured}
         finally:  # where an evaluation fails, what was trained is kept all the same
-            measured, self.measured = everywhere(self.measured), {}
-            metrics |= {name: max(one[name] for one in measured) for name in measured[0]}  # of the slowest process
-            if peaks := [value for name, value in metrics.items() if name.startswith("peak_memory_gb/")]:
+            metrics |= self.measured
+            if peaks := [value for name, value in self.measured.items() if name.startswith("peak_memory_gb/")]:
                 metrics["peak_memory_gb"] = max(peaks)
+            self.measured = {}
             self.log_file.write(metrics)
             self.complete = True
 
@@ -996,9 +1028,10 @@ def parse_args(args_class, defaults, argv=None):
     args.family, _, _ = find_family(args.model)
     args.device = args.device or ("cuda" if cuda else "cpu")
     try:
-        torch.zeros(1, device=local_device(args.device)).item()
+        take_gpu(args.device)
+        torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:
-        raise StopRun(f"--device {local_device(args.device)} cannot be used here ({brief(error)}); give another")
+        raise StopRun(f"--device {args.device} cannot be used here ({brief(error)}); give another")
     if args.prompts is None:
         if args.family != "tiny":
             raise StopRun("a model other than tiny needs prompts; give --prompts FILE, one prompt a line")
@@ -1098,8 +1131,9 @@ def split_batch(args, each, group=None, branches=1, usual=8):
 
 def load_rewards(args, get_reward):
     """args.reward and args.eval_reward (or None), loaded, after checking that both can read every prompt."""
-    options = local_device(args.device), args.reward_offload
-    rewards = [get_reward(spec, *options) if spec else None for spec in (args.reward, args.eval_reward)]
+    rewards = [
+        get_reward(spec, args.device, args.reward_offload) if spec else None for spec in (args.reward, args.eval_reward)
+    ]
     for reward in filter(None, rewards):
         reward.check(read_prompts(args.prompts) + read_prompts(args.eval_prompts or args.prompts))
         reward.load()
@@ -1121,9 +1155,10 @@ def print_plan(args, count, sigmas, s, chosen, weight=None, branches=1):
 def run_script(main, args_class, defaults):
     """Run a script's main; every end but a bug is one line on standard error and an exit status, no traceback."""
     try:
-        args = parse_args(args_class, defaults)
-        join_processes(args)
-        main(args)
+        with quiet():
+            args = parse_args(args_class, defaults)
+            join_processes(args)
+            main(args)
     except Exception as error:
         message, status = str(error), getattr(error, "exit_status", 1)  # rewards' errors have one too
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in message:
@@ -1132,6 +1167,9 @@ def run_script(main, args_class, defaults):
             message = f"{message}; the last checkpoint stands, see --resume"
         elif not hasattr(error, "exit_status"):
             raise
-        if RANK == 0 or status == 1:  # what stops one process alone is told by that one
-            print(("error: " if status < 128 else "") + " ".join(message.split()), file=sys.stderr)
+        if RANK > 0 and status > 128:
+            sys.exit()  # the first tells it and may still be saving: torchrun ends it where another's status is not 0
+        if RANK > 0:
+            time.sleep(10)  # the first may find the same and tells it; torchrun then ends this one
+        print(("error: " if status < 128 else "") + " ".join(message.split()), file=sys.stderr)
         sys.exit(status)
