@@ -174,11 +174,11 @@ def draw_chunks(l1rel, sizes, fraction, weighted, dice):
     return torch.block_diag(*(torch.full((n, n), (j in drawn) / n) for j, n in enumerate(sizes)))
 
 
-def chunk_metrics(l1rel, chunks, group_size, path):
-    """What the chunks were, also as a chart. l1rel: (N, K), chunks: N lists of sizes.
+def chunk_metrics(l1rel, chunks, group_size):
+    """What the chunks were. l1rel: (N, K), chunks: N lists of sizes.
 
-    chunk_cuts: share of trajectories with a cut before each step but the first. l1rel_prompt_share: share of the
-    variance of L1rel that lies between prompts, 1 / group_size by chance if the curve does not depend on them.
+    chunk_cuts: share of trajectories with a cut before each step. l1rel_prompt_share: share of the variance of L1rel
+    that lies between prompts, 1 / group_size by chance if the curve does not depend on them.
     """
     cut = torch.zeros_like(l1rel)
     for row, sizes in zip(cut, chunks):
@@ -186,9 +186,7 @@ def chunk_metrics(l1rel, chunks, group_size, path):
     l1rel, cut = (common.gather(rows.unflatten(0, (-1, group_size))) for rows in (l1rel, cut))  # (P, G, K)
     between = l1rel.mean(1).var(0, correction=0) / l1rel.var((0, 1), correction=0)
     curve, cuts = l1rel.mean((0, 1)).tolist(), cut.mean((0, 1)).tolist()
-    charts = {"mean L1rel of the random steps": curve, "share of trajectories cut before the step": cuts}
-    common.plot({title: {"": list(enumerate(values))} for title, values in charts.items()}, "random step", path)
-    return {"l1rel_by_step": curve, "chunk_cuts": cuts[1:], "l1rel_prompt_share": between.tolist()}
+    return {"l1rel_by_step": curve, "chunk_cuts": cuts, "l1rel_prompt_share": between.tolist()}
 
 
 def main(args):
@@ -291,7 +289,7 @@ def main(args):
                     stats.add(grad_norm=grad_norm)
 
             # log
-            chunk_stats = chunk_metrics(l1rel, chunks, G, run.folder / "samples" / "chunks.png")  # GCPO
+            chunk_stats = chunk_metrics(l1rel, chunks, G)  # GCPO
             run.log(iteration, rewards, parts, zero_std_groups, stats, **chunk_stats)
 
 

@@ -157,8 +157,8 @@ def transition_logp(policy, text, owner, levels, sde, x, x_next, step, image):
 
 
 # TempFlow: what a step is worth
-def step_metrics(chosen, rewards, gradient, weight, path):
-    """Credit by step, also as a chart.
+def step_metrics(chosen, rewards, gradient, weight):
+    """Credit by step.
 
     rewards: (K, N, B). reward_std_by_step: std over the branches of a state, averaged [TF] figure 2. gradient, weight:
     (K,) size of d logp / d velocity, and the steps' weights; logged without and with them, with mean 1.
@@ -167,7 +167,6 @@ def step_metrics(chosen, rewards, gradient, weight, path):
     metrics = {"reward_std_by_step": spread, "gradient_by_step": gradient / gradient.mean()}
     metrics |= {"gradient_by_step_weighted": pull / pull.mean()}
     metrics = {name: values.tolist() for name, values in metrics.items()}
-    common.plot({name: {"": list(zip(chosen, values))} for name, values in metrics.items()}, "step", path)
     return {"branch_steps": chosen} | metrics
 
 
@@ -251,8 +250,7 @@ def main(args):
                     stats.add(grad_norm=grad_norm)
 
             # log
-            gradient, chart = gradient_scale(*levels, args.sde), run.folder / "samples" / "steps.png"  # TempFlow
-            credit = step_metrics(chosen, rewards.view(-1, N, B), gradient, weight, chart)
+            credit = step_metrics(chosen, rewards.view(-1, N, B), gradient_scale(*levels, args.sde), weight)  # TempFlow
             run.log(iteration, rewards, parts, zero_std_groups, stats, **credit)
 
 
