@@ -149,7 +149,10 @@ def record(monkeypatch, tmp_path):
         monkeypatch.setattr(common, "Policy", make)
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py"])
         seen.folder = tmp_path / f"{module.__name__}{len(os.listdir(tmp_path))}"
-        options = [*small(module.__name__), "--output", seen.folder, *options]
+        monkeypatch.setattr(common, "plot", lambda *args: None)  # which takes as long as all else
+        prompts = tmp_path / "eval_prompts.txt"
+        prompts.write_text("a red circle\ntwo blue squares\n")
+        options = [*small(module.__name__), "--output", seen.folder, "--eval-prompts", prompts, *options]
         seen.args = common.parse_args(module.Args, module.DEFAULTS, [str(option) for option in options])
         module.main(seen.args)
         seen.images = [args[0] for args, _ in grids]

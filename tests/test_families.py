@@ -40,17 +40,17 @@ def model(tmp_path_factory):
     return make
 
 
-def make_policy(folder, **settings):
-    usual = dict(model=str(folder), device="cpu", dtype="float32", guidance=3.0, micro_batch=2, resolution=16, seed=0)
-    usual |= dict(lora_rank=2, lora_alpha=4.0, gradient_checkpointing=False, compile=False)
-    return common.Policy(SimpleNamespace(**usual | settings))
+def make_policy(folder, dtype="float32", resolution=16, **settings):
+    usual = dict(device="cpu", guidance=3.0, micro_batch=2, lora_rank=2, lora_alpha=4.0)
+    return common.Policy(common.load_pipeline(str(folder), dtype, resolution), resolution, **usual | settings)
 
 
 def rollout_images(policy, noise, steps=4):
     """The end of a rollout without noise, and its pictures."""
     sigmas, text = policy.sigmas(steps), policy.encode(PROMPTS)
     draws = [noise] + [torch.ones_like(noise)] * (steps - 1)
-    *_, x = grpo.rollout(policy, text, torch.arange(len(noise)), draws, sigmas, torch.zeros(steps - 1))
+    s, chosen = torch.zeros(steps - 1), range(steps - 1)
+    *_, x = grpo.rollout(policy, text, torch.arange(len(noise)), draws, sigmas, s, "flow", chosen)
     return x, policy.decode(x)
 
 
@@ -96,7 +96,7 @@ def difference(a, b):
 )
 def test_rollout_without_noise_is_the_pipeline(model, family, options, guidance):
     policy = make_policy(model(family, **options), guidance=guidance)
-    noise = policy.noise(2, torch.Generator().manual_seed(3))
+    noise = policy.noise(2, 1, torch.Generator().manual_seed(3))
     x, images = rollout_images(policy, noise)
     evals = policy.velocity_evals
     latents, expected = pipeline_images(policy.pipe, family, noise, guidance)
@@ -113,7 +113,7 @@ def test_guidance_and_text_change_the_pictures(model, family):
     ends = []
     for guidance in (1.0, 3.0):
         policy = make_policy(model(family), guidance=guidance)
-        noise = policy.noise(1, torch.Generator().manual_seed(3)).repeat(2, 1, 1, 1) if noise is None else noise
+        noise = policy.noise(1, 1, torch.Generator().manual_seed(3)).repeat(2, 1, 1, 1) if noise is None else noise
         ends.append(rollout_images(policy, noise)[0])
     assert difference(ends[0], ends[1]) > 1e-3
     assert difference(ends[0][0], ends[0][1]) > 1e-4
@@ -123,7 +123,7 @@ def test_guidance_and_text_change_the_pictures(model, family):
 def test_lora_round_trip(model, family, tmp_path):
     """A saved adapter, loaded by the plain pipeline, gives the pictures of the policy that saved it."""
     policy = make_policy(model(family), guidance=3.0)
-    noise = policy.noise(2, torch.Generator().manual_seed(3))
+    noise = policy.noise(2, 1, torch.Generator().manual_seed(3))
     before = rollout_images(policy, noise)[1]
     torch.manual_seed(1)
     for parameter in policy.parameters:
@@ -138,13 +138,13 @@ def test_lora_round_trip(model, family, tmp_path):
 
 def run(script, folder, prompts, output, *options):
     command = [sys.executable, str(ROOT / script), "--model", str(folder), "--prompts", str(prompts)]
-    command += "--reward jpeg_compressibility --device cpu --steps 4 --eval_steps 2 --prompts_per_iteration 2".split()
-    command += [*"--micro_batch 4 --resolution 16 --lora_rank 2 --iterations 1 --output".split(), str(output), *options]
+    command += "--reward jpeg_compressibility --device cpu --steps 4 --eval-steps 2 --prompts-per-iteration 2".split()
+    command += [*"--micro-batch 4 --resolution 16 --lora-rank 2 --iterations 1 --output".split(), str(output), *options]
     return subprocess.run(command, capture_output=True, text=True)
 
 
-SIZES = {"grpo.py": ["--group_size", "4"], "gcpo.py": ["--group_size", "4"]}
-SIZES["tempflow_grpo.py"] = ["--seeds_per_prompt", "2", "--branches", "4"]
+SIZES = {"grpo.py": ["--group-size", "4"], "gcpo.py": ["--group-size", "4"]}
+SIZES["tempflow_grpo.py"] = ["--seeds-per-prompt", "2", "--branches", "4"]
 
 
 @pytest.fixture
@@ -186,10 +186,11 @@ def test_half_precision_weights_and_float32_mathematics(model, family, dtype):
     assert frozen == {common.DTYPES[dtype]} and {p.dtype for p in policy.parameters} == {torch.float32}
     sigmas, text, owner = policy.sigmas(4), policy.encode(PROMPTS), torch.arange(4) // 2
     s, generator = common.noise_scale(sigmas, "flow", 0.7), torch.Generator().manual_seed(0)
-    noise = [policy.noise(4, generator) for _ in range(4)]
-    x, x_next, old_logp, _ = grpo.rollout(policy, text, owner, noise, sigmas, s)
+    noise = [policy.noise(2, 2, generator) for _ in range(4)]
+    x, x_next, old_logp, _ = grpo.rollout(policy, text, owner, noise, sigmas, s, "flow", range(3))
     step, image = torch.tensor([1, 1]), torch.tensor([2, 3])
-    logp, mean, std = grpo.transition_logp(policy, text, owner, (sigmas[:-2], sigmas[1:-1], s), x, x_next, step, image)
+    transitions = text, owner, (sigmas[:-2], sigmas[1:-1], s), "flow", x, x_next, step, image
+    logp, mean, std = grpo.transition_logp(policy, *transitions)
     assert {t.dtype for t in (x, old_logp, logp, mean, std, sigmas, s)} == {torch.float32}
     assert torch.equal(logp, old_logp[step, image])
     logp.sum().backward()
@@ -211,7 +212,7 @@ def test_gradient_checkpointing_changes_no_gradient(model, family):
         torch.manual_seed(1)
         for parameter in policy.parameters:
             torch.nn.init.normal_(parameter, std=0.2)
-        noise = policy.noise(2, torch.Generator().manual_seed(0))
+        noise = policy.noise(2, 1, torch.Generator().manual_seed(0))
         policy.velocity(noise, 0.7, policy.encode(PROMPTS), torch.arange(2)).square().mean().backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in policy.parameters]))
     assert gradients[0].norm() > 0 and difference(*gradients) < 1e-6
@@ -228,7 +229,7 @@ def test_resolution_the_model_cannot_do(model, family, resolution, told):
 
 
 def test_resolution_is_refused_before_weights_are_loaded(tmp_path, prompts):
-    result = run("grpo.py", "tiny", prompts, tmp_path / "run", "--resolution", "40", "--group_size", "8")
+    result = run("grpo.py", "tiny", prompts, tmp_path / "run", "--resolution", "40", "--group-size", "8")
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
     assert "--resolution 40" in result.stderr and "32 is the most" in result.stderr
 
@@ -286,8 +287,8 @@ def test_only_the_prompts_in_use_are_encoded(model, tmp_path, monkeypatch):
     seen, encode = set(), common.SD3.encode
     monkeypatch.setattr(common.SD3, "encode", lambda self, texts: seen.update(texts) or encode(self, texts))
     command = f"--model {model('sd3')} --prompts {tmp_path}/prompts.txt --reward jpeg_compressibility --device cpu"
-    command += " --steps 2 --eval_steps 1 --prompts_per_iteration 2 --group_size 8 --micro_batch 16 --resolution 16"
-    command += f" --lora_rank 2 --iterations 1 --output {tmp_path}/run"
+    command += " --steps 2 --eval-steps 1 --prompts-per-iteration 2 --group-size 8 --micro-batch 16 --resolution 16"
+    command += f" --lora-rank 2 --iterations 1 --output {tmp_path}/run"
     start = time.perf_counter()
     grpo.main(common.parse_args(grpo.Args, grpo.DEFAULTS, command.split()))
     assert time.perf_counter() - start < 20
@@ -296,7 +297,7 @@ def test_only_the_prompts_in_use_are_encoded(model, tmp_path, monkeypatch):
 
 def test_scores_in_slices_are_the_scores(model):
     policy = make_policy(model("flux"))
-    latents, prompts = policy.noise(7, torch.Generator().manual_seed(0)), [f"prompt {n}" for n in range(7)]
+    latents, prompts = policy.noise(7, 1, torch.Generator().manual_seed(0)), [f"prompt {n}" for n in range(7)]
     reward = get_reward("jpeg_compressibility=0.5")
     whole, parts = common.score(policy, reward, latents, prompts)
     sliced, sliced_parts = common.score(policy, reward, latents, prompts, at_once=2)
