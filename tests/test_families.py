@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -204,6 +205,40 @@ def test_one_iteration_in_half_precision(model, prompts, tmp_path, family, dtype
     check_run(result, tmp_path / "run")
 
 
+def test_halves_have_the_gradient_of_float32_at_the_true_latent_size():
+    """SD3's 16 x 64 x 64 latents and default batch, where float16's gradients would be 0 without loss_scale."""
+    torch.manual_seed(0)
+    pipe = small_pipelines.sd3()
+    pipe.vae = diffusers.AutoencoderKL.from_config(pipe.vae.config, latent_channels=16)
+    pipe.transformer = diffusers.SD3Transformer2DModel.from_config(
+        pipe.transformer.config, sample_size=64, in_channels=16, out_channels=16, pos_embed_max_size=64
+    )
+    x, noise = torch.randn(2, 1, 2, 16, 64, 64)
+    text = [torch.randn(3, 20, 32), torch.randn(3, 32)]
+    levels, where = torch.tensor([[0.9], [0.8], [0.7]]), (torch.zeros(2, dtype=torch.long), torch.arange(2))
+    found = {}
+    for dtype, scaled in (("float32", True), ("bfloat16", True), ("float16", True), ("float16", False)):
+        copy = small_pipelines.sd3()
+        copy.register_modules(vae=pipe.vae, transformer=deepcopy(pipe.transformer).to(common.DTYPES[dtype]))
+        policy = common.Policy(copy, 128, device="cpu", micro_batch=2, lora_rank=4)
+        assert policy.shape == (16, 64, 64)
+        torch.manual_seed(1)
+        for parameter in policy.parameters:
+            torch.nn.init.normal_(parameter, std=0.02)
+        policy.loss_scale = policy.loss_scale if scaled else 1.0
+        rows = [part.to(common.DTYPES[dtype]) for part in text]
+        logp, _, _ = grpo.transition_logp(policy, rows, torch.arange(2), levels, "flow", x, x + 0.1 * noise, *where)
+        loss = -torch.tensor([1.0, -0.5]) * (logp - logp.detach()).exp()
+        policy.backward((loss / 9).sum() / (48 * 24 / 2))  # 9 steps, half of 48 prompts x 24 images
+        norm = policy.clip_gradients(1e9)
+        found[dtype, scaled] = norm, torch.cat([parameter.grad.flatten() for parameter in policy.parameters])
+    true_norm, true = found["float32", True]
+    cosine = {key: torch.cosine_similarity(true, gradient, 0).item() for key, (_, gradient) in found.items()}
+    assert cosine["bfloat16", True] > 0.99 and cosine["float16", True] > 0.99
+    assert found["float16", True][0] == pytest.approx(true_norm, rel=0.05)
+    assert cosine["float16", False] < 0.9  # it is the scale that does it
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_checkpointing_changes_no_gradient(model, family):
     gradients = []
@@ -245,12 +280,12 @@ def test_another_pipeline_is_refused_with_the_list(tmp_path, prompts):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lora_targets(family):
-    """Which layers have an adapter: attention for SD3, feed-forward too for FLUX; never the first or last layer."""
-    transformer = small_pipelines.MAKERS[family]().transformer
-    targets = {"sd3": common.SD3, "flux": common.Flux, "flux2": common.Flux2Klein}[family].targets
-    from peft import LoraConfig
-
-    transformer.add_adapter(LoraConfig(r=2, target_modules=targets))
+    """The adapter alone trains. It is in attention for SD3, feed-forward too for FLUX; never first or last."""
+    policy = common.Policy(small_pipelines.MAKERS[family](), 16, device="cpu", lora_rank=2)
+    transformer = policy.transformer
+    parts = (policy.pipe.vae, transformer, *policy.encoders)
+    trained = [name for part in parts for name, p in part.named_parameters() if p.requires_grad]
+    assert all(".lora_A." in name or ".lora_B." in name for name in trained) and len(trained) == len(policy.parameters)
     names = {name.split(".lora_A")[0] for name, _ in transformer.named_parameters() if ".lora_A" in name}
     assert all("transformer_blocks." in name for name in names)
     expected = {"to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"}
