@@ -1,28 +1,23 @@
 """The three families against diffusers' own pipelines, on small ones with random weights (small_pipelines.py)."""
 
 import json
-import subprocess
-import sys
 import time
 from copy import deepcopy
 from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
+
+import bench
+import common
+import gcpo
+import grpo
+import small_pipelines
+import tempflow_grpo
+from conftest import errors, here
+from rewards import get_reward
 
 import diffusers
 import pytest
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-import bench  # noqa: E402
-import common  # noqa: E402
-import gcpo  # noqa: E402
-import grpo  # noqa: E402
-import small_pipelines  # noqa: E402
-import tempflow_grpo  # noqa: E402
-from rewards import get_reward  # noqa: E402
 
 PROMPTS = ["a red circle", "two blue squares"]
 FAMILIES = list(small_pipelines.MAKERS)
@@ -138,14 +133,13 @@ def test_lora_round_trip(model, family, tmp_path):
 
 
 def run(script, folder, prompts, output, *options):
-    command = [sys.executable, str(ROOT / script), "--model", str(folder), "--prompts", str(prompts)]
-    command += "--reward jpeg_compressibility --device cpu --steps 4 --eval-steps 2 --prompts-per-iteration 2".split()
-    command += [*"--micro-batch 4 --resolution 16 --lora-rank 2 --iterations 1 --output".split(), str(output), *options]
-    return subprocess.run(command, capture_output=True, text=True)
+    command = f"--model {folder} --prompts {prompts} --output {output} --reward jpeg_compressibility --device cpu"
+    command += " --steps 4 --eval-steps 2 --prompts-per-iteration 2 --micro-batch 4 --resolution 16 --lora-rank 2"
+    return here(script, *command.split(), "--iterations", 1, *SIZES[script], *options)
 
 
-SIZES = {"grpo.py": ["--group-size", "4"], "gcpo.py": ["--group-size", "4"]}
-SIZES["tempflow_grpo.py"] = ["--seeds-per-prompt", "2", "--branches", "4"]
+SIZES = {"grpo": ["--group-size", "4"], "gcpo": ["--group-size", "4"]}
+SIZES["tempflow_grpo"] = ["--seeds-per-prompt", "2", "--branches", "4"]
 
 
 @pytest.fixture
@@ -166,7 +160,7 @@ def check_run(result, output):
 @pytest.mark.parametrize("script", SIZES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_iteration(model, prompts, tmp_path, family, script):
-    result = run(script, model(family), prompts, tmp_path / "run", *SIZES[script])
+    result = run(script, model(family), prompts, tmp_path / "run")
     metrics = check_run(result, tmp_path / "run")
     passes = 1 if family == "flux" else 2  # the default guidance is above 1
     trunks = 2 * 2 * 4
@@ -201,7 +195,7 @@ def test_half_precision_weights_and_float32_mathematics(model, family, dtype):
 
 @pytest.mark.parametrize(("family", "dtype"), [("sd3", "float16"), ("flux", "bfloat16"), ("flux2", "bfloat16")])
 def test_one_iteration_in_half_precision(model, prompts, tmp_path, family, dtype):
-    result = run("grpo.py", model(family), prompts, tmp_path / "run", "--dtype", dtype, *SIZES["grpo.py"])
+    result = run("grpo", model(family), prompts, tmp_path / "run", "--dtype", dtype)
     check_run(result, tmp_path / "run")
 
 
@@ -264,16 +258,16 @@ def test_resolution_the_model_cannot_do(model, family, resolution, told):
 
 
 def test_resolution_is_refused_before_weights_are_loaded(tmp_path, prompts):
-    result = run("grpo.py", "tiny", prompts, tmp_path / "run", "--resolution", "40", "--group-size", "8")
-    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    result = run("grpo", "tiny", prompts, tmp_path / "run", "--resolution", "40")
+    assert result.returncode == 2 and len(errors(result.stderr)) == 1, result.stderr
     assert "--resolution 40" in result.stderr and "32 is the most" in result.stderr
 
 
 def test_another_pipeline_is_refused_with_the_list(tmp_path, prompts):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
-    result = run("grpo.py", tmp_path / "other", prompts, tmp_path / "run")
-    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    result = run("grpo", tmp_path / "other", prompts, tmp_path / "run")
+    assert result.returncode == 2 and len(errors(result.stderr)) == 1
     for name in ("StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline", "Flux2KleinPipeline"):
         assert name in result.stderr
 
