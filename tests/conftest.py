@@ -21,9 +21,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tiny"), str(ROOT / "tests")]
 import common  # noqa: E402
 
 SCRIPTS = ("grpo", "gcpo", "tempflow_grpo")
-QUICK = (
-    "--prompts-per-iteration 2 --eval-seeds 1 --eval-every 100 --lora-rank 4 --micro-batch 8 --steps 5 --eval-steps 2"
-)
+QUICK = "--prompts-per-iteration 2 --micro-batch 8 --steps 5 --sde-steps all --ema-decay 0 --lora-rank 4"
+QUICK += " --eval-seeds 1 --eval-every 100 --eval-steps 2"
+OWN = {"grpo": "--group-size 4", "gcpo": "--group-size 4 --chunks adaptive --chunk-fraction 0.5"}
+OWN["tempflow_grpo"] = "--seeds-per-prompt 2 --branches 3"
 
 
 slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="minutes; SLOW=1 runs it, as CI does")
@@ -31,8 +32,7 @@ slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="minutes; SLOW=1 ru
 
 def small(script):
     """Options of a run that takes seconds."""
-    group = "--seeds-per-prompt 2 --branches 3" if script == "tempflow_grpo" else "--group-size 4"
-    return [*QUICK.split(), *group.split()]
+    return [*QUICK.split(), *OWN.get(script, OWN["grpo"]).split()]
 
 
 def cli(script, *options, cwd=ROOT, **kwargs):
@@ -130,7 +130,7 @@ def record(monkeypatch, tmp_path):
 
         keep(module, "rollout", seen.rollouts)
         keep(module, "group_advantage", seen.advantages)
-        keep(common, "picture_grid", grids := [])
+        keep(common, "save_pictures", grids := [])
         if hasattr(module, "draw_chunks"):
             keep(module, "draw_chunks", seen.chunks)
         policy_class = DoublePolicy if double else common.Policy

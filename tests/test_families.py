@@ -134,11 +134,14 @@ def test_lora_round_trip(model, family, tmp_path):
 
 def run(script, folder, prompts, output, *options):
     command = f"--model {folder} --prompts {prompts} --output {output} --reward jpeg_compressibility --device cpu"
-    command += " --steps 4 --eval-steps 2 --prompts-per-iteration 2 --micro-batch 4 --resolution 16 --lora-rank 2"
+    command += (
+        " --steps 4 --sde-steps all --guidance 3 --ema-decay 0 --eval-steps 2 --prompts-per-iteration 2 --micro-batch 4"
+    )
+    command += " --resolution 16 --lora-rank 2"
     return here(script, *command.split(), "--iterations", 1, *SIZES[script], *options)
 
 
-SIZES = {"grpo": ["--group-size", "4"], "gcpo": ["--group-size", "4"]}
+SIZES = {"grpo": ["--group-size", "4"], "gcpo": ["--group-size", "4", "--chunks", "adaptive"]}
 SIZES["tempflow_grpo"] = ["--seeds-per-prompt", "2", "--branches", "4"]
 
 
@@ -162,7 +165,7 @@ def check_run(result, output):
 def test_one_iteration(model, prompts, tmp_path, family, script):
     result = run(script, model(family), prompts, tmp_path / "run")
     metrics = check_run(result, tmp_path / "run")
-    passes = 1 if family == "flux" else 2  # the default guidance is above 1
+    passes = 1 if family == "flux" else 2
     trunks = 2 * 2 * 4
     rollout, train = (2 * 2 * (3 + 4 * 4 * 3 // 2), trunks * 3 * 3 // 4) if "temp" in script else (8 * 4, 8 * 3 * 3)
     if "gcpo" not in script:  # which draws its chunks

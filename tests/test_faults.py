@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import common
 import rewards
 from conftest import ROOT, SCRIPTS, assert_same_run, errors, metrics, run_main, slow, small, state
+from shapes import shapes
 
 import pytest
 import torch
@@ -64,13 +65,13 @@ BAD = {
 
 @pytest.mark.parametrize("kind", BAD)
 def test_a_reward_that_fails_at_iteration_3(kind, whole, monkeypatch, tmp_path, capsys):
-    good, calls, (bad, words) = rewards.REWARDS["shapes"], [], BAD[kind]
+    calls, (bad, words) = [], BAD[kind]
 
     def reward(images, prompts):
         calls.append(1)
-        return (bad if len(calls) == 5 else good)(images, prompts)  # two calls are of the first evaluation
+        return (bad if len(calls) == 5 else shapes)(images, prompts)  # two calls are of the first evaluation
 
-    monkeypatch.setitem(rewards.REWARDS, "shapes", reward)
+    monkeypatch.setitem(rewards.REWARDS, "shapes", rewards.Entry(reward))
     capsys.readouterr()
     assert run_main("grpo", *options(tmp_path / "run", 4)) == 1
     error = one_error(capsys)
@@ -83,8 +84,8 @@ def test_a_reward_that_fails_at_iteration_3(kind, whole, monkeypatch, tmp_path, 
 
 
 def test_a_reward_that_fails_in_an_evaluation_loses_no_training(monkeypatch, tmp_path):
-    good = rewards.REWARDS["shapes"]
-    monkeypatch.setitem(rewards.REWARDS, "shapes", lambda i, p: explode(i, p) if len(p) > 8 else good(i, p))
+    fails = rewards.Entry(lambda i, p: explode(i, p) if len(p) > 8 else shapes(i, p))
+    monkeypatch.setitem(rewards.REWARDS, "shapes", fails)
     monkeypatch.setattr(common, "MAX_EVAL_PROMPTS", 8)  # so only the later evaluations, of more, will fail
     assert run_main("grpo", *options(tmp_path / "run", 2, "--iterations", 1)) == 0
     monkeypatch.setattr(common, "MAX_EVAL_PROMPTS", 9)
@@ -95,7 +96,7 @@ def test_a_reward_that_fails_in_an_evaluation_loses_no_training(monkeypatch, tmp
 
 def test_a_reward_that_fails_at_the_first_evaluation_resumes_from_the_start(whole, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
-        patch.setitem(rewards.REWARDS, "shapes", explode)
+        patch.setitem(rewards.REWARDS, "shapes", rewards.Entry(explode))
         assert run_main("grpo", *options(tmp_path / "run", 4)) == 1
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
     assert run_main("grpo", "--resume", tmp_path / "run") == 0
@@ -394,8 +395,8 @@ def test_a_long_run_needs_no_more_memory_or_files(tmp_path):
 
 def test_metrics_are_strict_json(tmp_path):
     """What is logged is JSON in the strict sense, whatever the numbers."""
-    log = common.Log(SimpleNamespace(output=tmp_path, wandb=None), {})
-    log.write({"iteration": 1, "a": math.nan, "b": [1.0, math.inf], "c": {"d": -math.inf}})
+    log = common.Log(SimpleNamespace(output=tmp_path, wandb=None), {}, [])
+    log.write({"iteration": 0, "a": math.nan, "b": [1.0, math.inf], "c": {"d": -math.inf}})
     assert (
         tmp_path / "metrics.jsonl"
-    ).read_text() == '{"iteration": 1, "a": null, "b": [1.0, null], "c": {"d": null}}\n'
+    ).read_text() == '{"iteration": 0, "a": null, "b": [1.0, null], "c": {"d": null}}\n'

@@ -28,7 +28,7 @@ VARIANTS = [
     ("grpo", "--updates-per-iteration 4 --adv-std batch --shared-noise --sde-steps 2 --sde cps"),
     ("grpo", "--reward jpeg_compressibility --guidance 2"),
     ("grpo", "--reward shapes=0.7,jpeg_incompressibility=0.3 --eval-reward jpeg_compressibility"),
-    ("gcpo", "--weighted-sampling --eval-hybrid 0.6 --sde-steps 1,2,3"),
+    ("gcpo", "--weighted-sampling --eval-hybrid 0.6 --sde-steps early --ema-decay 0.9"),
     ("gcpo", "--chunks 2,2 --kl-coef 0.01 --sde cps"),
     ("tempflow_grpo", "--weighting none --group prompt --sde dance"),
     ("tempflow_grpo", "--sde-steps 2 --sde cps --guidance 2 --kl-coef 0.01"),
@@ -149,7 +149,7 @@ def test_lora_in_a_plain_diffusers_script_gives_the_pictures_of_the_evaluation(r
 
 def test_the_tiny_model_is_competent_and_has_room():
     """By diffusers' own pipeline, 10 ODE steps, every prompt: a mean reward of 0.45 to 0.70."""
-    from rewards import shapes
+    from shapes import shapes
 
     pipe = StableDiffusion3Pipeline.from_pretrained(common.TINY, text_encoder_3=None, tokenizer_3=None)
     train, held_out = (common.read_prompts(common.TINY / name) for name in ("prompts.txt", "eval_prompts.txt"))
@@ -160,7 +160,7 @@ def test_the_tiny_model_is_competent_and_has_room():
 
 
 def test_held_out_prompts_share_no_scene_with_training():
-    from rewards import parse_scene
+    from shapes import parse_scene
 
     scenes = []
     for name in ("prompts.txt", "eval_prompts.txt"):
@@ -175,7 +175,7 @@ def test_without_a_gpu_the_tiny_model_is_trained_and_the_run_says_so(tmp_path):
     done = here(
         "gcpo", "--prompts", tmp_path / "data.txt", *small("gcpo"), "--iterations", 1, "--output", tmp_path / "r"
     )
-    assert done.returncode == 0 and "no CUDA GPU here, so the bundled tiny model is trained" in done.stdout
+    assert done.returncode == 0 and "no CUDA GPU here: training the bundled tiny model" in done.stdout
     assert json.loads((tmp_path / "r" / "config.json").read_text())["settings"]["model"] == "tiny"
 
 
