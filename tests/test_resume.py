@@ -102,3 +102,13 @@ def another_setting(folder):
 def test_damaged_runs_are_told(finished, tmp_path, damage, says):
     done = here("grpo", "--resume", damaged(finished, tmp_path, damage), "--iterations", "3")
     assert done.returncode == 2 and len(errors(done.stderr)) == 1 and says in done.stderr, done.stderr
+
+
+def test_another_version_of_torch_is_a_warning(finished, tmp_path):
+    def older(folder):
+        config = json.loads((folder / "config.json").read_text())
+        config["versions"]["torch"] = "2.0.0"
+        (folder / "config.json").write_text(json.dumps(config))
+
+    done = here("grpo", "--resume", damaged(finished, tmp_path, older), "--iterations", "3")
+    assert done.returncode == 0 and "warning: this run began with {'torch': '2.0.0'" in done.stderr
