@@ -105,8 +105,8 @@ TABLES = {
 RUNS = {row.name: row for rows in TABLES.values() for row in rows if row.line}
 QUESTIONS = {
     "main": "The three scripts with their defaults.",
-    "like for like": "What is the effect of the chunk, and what that of the share of steps that is trained? All nine steps "
-    "are random, but five in `grpo-5`, drawn in each iteration. Half of the chunks are six steps, or a little less.",
+    "like for like": "What is the effect of the chunk, and what that of the share of steps that is trained? All nine "
+    "steps are random; in `grpo-5` five, drawn in each iteration. Half of the chunks are six steps, or a little less.",
     "TempFlow-GRPO": "What its parts add, and branches at the first five of the nine steps only.",
     "17 steps": "The steps and chunks of [GC] on this model, half of the chunks trained.",
     "tuning": "Against the value that the study has; where the difference is positive, another is better. Seeds 10 and "
@@ -232,7 +232,8 @@ def run_study(jobs, workers, work=ROOT / "runs" / "curves", curves=CURVES):
         with tqdm(total=len(todo), desc="runs") as bar:
             while todo or running:
                 while todo and len(running) < workers:
-                    running[job] = start(*(job := todo.pop(0)), work)
+                    job = todo.pop(0)
+                    running[job] = start(*job, work)
                 time.sleep(0.1)
                 for job in [job for job, process in running.items() if process.poll() is not None]:
                     status, log = running.pop(job).returncode, work / "{}-{}.log".format(*job)
@@ -358,8 +359,8 @@ def report(folder=CURVES):
     before = ", ".join(f"{name} {reward:.3f}" for name, reward in FIRST.items())
     first = (
         f"The first study had a learning rate of {FIRST_RATE:g}, no moving average of the adapter and half of GCPO's "
-        f"chunks, and said at {FIRST_BUDGET:,} velocity evaluations: {before}. That GCPO was less than GRPO by any cost "
-        f"was mostly the share left out; now the rate is {RATE}, the average is on, and like is compared with like."
+        f"chunks, and said at {FIRST_BUDGET:,} velocity evaluations: {before}. That GCPO was below GRPO by any cost "
+        f"was mostly the share left out; now the rate is {RATE}, the average on, and like is compared with like."
     )
     runs, have, missing = load(folder), read_runs(folder), {}
     for name, seed in jobs_of(SEEDS):
@@ -387,17 +388,18 @@ def report(folder=CURVES):
 
 def draw(axes, runs, names, bands=False):
     """Mean curves of the runs that are there, with 95% intervals: bands, or bars at the end, where bands would hide."""
-    cost = np.linspace(0, BUDGET, 97)
-    for n, name in enumerate(name for name in names if runs[name]):
-        middle, half = mean_interval([at(lines, cost) for lines in runs[name].values()])
-        (line,) = axes.plot(cost / 1000, middle, label=f"{name}, {len(runs[name])} seeds")
+    cost, lines = np.linspace(0, BUDGET, 97), []
+    for name in filter(runs.get, names):
+        middle, half = mean_interval([at(run, cost) for run in runs[name].values()])
+        lines += axes.plot(cost / 1000, middle, label=f"{name}, {len(runs[name])} seeds")
+        colour = lines[-1].get_color()
         if bands:
-            axes.fill_between(cost / 1000, middle - half, middle + half, color=line.get_color(), alpha=0.2)
+            axes.fill_between(cost / 1000, middle - half, middle + half, color=colour, alpha=0.2)
         else:
-            axes.errorbar(BUDGET / 1000 + 5 + 5 * n, middle[-1], half[-1], color=line.get_color(), fmt="o", capsize=2)
+            axes.errorbar(BUDGET / 1000 + 5 * len(lines), middle[-1], half[-1], color=colour, fmt="o", capsize=2)
     axes.set(xlabel="velocity evaluations in training, thousands", ylabel="reward of held-out prompts")
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper left")
+    axes.legend(handles=lines, loc="upper left")
 
 
 def plot(folder=CURVES):
