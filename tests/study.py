@@ -242,6 +242,7 @@ def run_study(jobs, workers, work=ROOT / "runs" / "curves", curves=CURVES):
                     bar.write("{}-{}: ".format(*job) + (ended if status else keep(*job, work, curves)))
                     bar.update()
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # seconds until all have saved
         for process in running.values():
             process.terminate()  # it saves and ends
         for process in running.values():
@@ -399,7 +400,7 @@ def draw(axes, runs, names, bands=False):
             axes.errorbar(BUDGET / 1000 + 5 * len(lines), middle[-1], half[-1], color=colour, fmt="o", capsize=2)
     axes.set(xlabel="velocity evaluations in training, thousands", ylabel="reward of held-out prompts")
     axes.grid(alpha=0.3)
-    axes.legend(handles=lines, loc="upper left")
+    axes.legend(handles=lines, loc="lower right")
 
 
 def plot(folder=CURVES):
