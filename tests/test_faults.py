@@ -17,6 +17,7 @@ from pathlib import Path
 import common
 import rewards
 from conftest import ROOT, SCRIPTS, assert_same_run, metrics, run_main, slow, small, state
+from shapes import shapes
 
 import pytest
 import torch
@@ -62,13 +63,13 @@ BAD = {
 
 @pytest.mark.parametrize("kind", BAD)
 def test_a_reward_that_fails_at_iteration_3(kind, whole, monkeypatch, tmp_path, capsys):
-    good, calls, (bad, words) = rewards.REWARDS["shapes"], [], BAD[kind]
+    calls, (bad, words) = [], BAD[kind]
 
     def reward(images, prompts):
         calls.append(1)
-        return (bad if len(calls) == 5 else good)(images, prompts)  # two calls are of the first evaluation
+        return (bad if len(calls) == 5 else shapes)(images, prompts)  # two calls are of the first evaluation
 
-    monkeypatch.setitem(rewards.REWARDS, "shapes", reward)
+    monkeypatch.setitem(rewards.REWARDS, "shapes", rewards.Entry(reward))
     capsys.readouterr()
     assert run_main(monkeypatch, "grpo", *options(tmp_path / "run", 4)) == 1
     error = one_error(capsys)
@@ -81,8 +82,8 @@ def test_a_reward_that_fails_at_iteration_3(kind, whole, monkeypatch, tmp_path, 
 
 
 def test_a_reward_that_fails_in_an_evaluation_loses_no_training(monkeypatch, tmp_path):
-    good = rewards.REWARDS["shapes"]
-    monkeypatch.setitem(rewards.REWARDS, "shapes", lambda i, p: explode(i, p) if len(p) > 8 else good(i, p))
+    fails = rewards.Entry(lambda i, p: explode(i, p) if len(p) > 8 else shapes(i, p))
+    monkeypatch.setitem(rewards.REWARDS, "shapes", fails)
     monkeypatch.setattr(common, "MAX_EVAL_PROMPTS", 8)  # so only the later evaluations, of more, will fail
     assert run_main(monkeypatch, "grpo", *options(tmp_path / "run", 2, "--iterations", 1)) == 0
     monkeypatch.setattr(common, "MAX_EVAL_PROMPTS", 9)
@@ -93,7 +94,7 @@ def test_a_reward_that_fails_in_an_evaluation_loses_no_training(monkeypatch, tmp
 
 def test_a_reward_that_fails_at_the_first_evaluation_resumes_from_the_start(whole, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
-        patch.setitem(rewards.REWARDS, "shapes", explode)
+        patch.setitem(rewards.REWARDS, "shapes", rewards.Entry(explode))
         assert run_main(patch, "grpo", *options(tmp_path / "run", 4)) == 1
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
     assert run_main(monkeypatch, "grpo", "--resume", tmp_path / "run") == 0

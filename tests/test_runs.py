@@ -131,7 +131,7 @@ def test_lora_in_a_plain_diffusers_script_gives_the_pictures_of_the_evaluation(r
 
 def test_the_tiny_model_is_competent_and_has_room():
     """By diffusers' own pipeline, 10 ODE steps, every prompt: a mean reward of 0.45 to 0.70."""
-    from rewards import shapes
+    from shapes import shapes
 
     pipe = StableDiffusion3Pipeline.from_pretrained(common.TINY, text_encoder_3=None, tokenizer_3=None)
     train, held_out = (common.read_prompts(common.TINY / name) for name in ("prompts.txt", "eval_prompts.txt"))
@@ -142,7 +142,7 @@ def test_the_tiny_model_is_competent_and_has_room():
 
 
 def test_held_out_prompts_share_no_scene_with_training():
-    from rewards import parse_scene
+    from shapes import parse_scene
 
     scenes = []
     for name in ("prompts.txt", "eval_prompts.txt"):
