@@ -703,7 +703,7 @@ def save_pictures(images, captions, folder, iteration, size=192, columns=4):
     """Save images (B, 3, H, W) in [0, 1] as a grid, and the first grid beside this one, as compare.png."""
     from diffusers.image_processor import VaeImageProcessor
     from diffusers.utils import make_image_grid
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageOps
 
     images = adaptive_avg_pool2d(images.clamp(0, 1), size)  # small ones are enlarged without blur, pixel by pixel
     tiles = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(pad(images, (4, 4, 4, 52), value=1.0)))
@@ -712,7 +712,7 @@ def save_pictures(images, captions, folder, iteration, size=192, columns=4):
     tiles += [Image.new("RGB", tiles[0].size, "white")] * (-len(tiles) % columns)
     make_image_grid(tiles, len(tiles) // columns, columns).save(folder / f"{iteration}.png")
     first = min(folder.glob("[0-9]*.png"), key=lambda path: int(path.stem))
-    both = [Image.open(path) for path in (first, folder / f"{iteration}.png")]
+    both = [ImageOps.expand(Image.open(path), 6, "grey") for path in (first, folder / f"{iteration}.png")]
     make_image_grid(both, rows=1, cols=2).save(folder / "compare.png")
 
 
