@@ -564,6 +564,12 @@ class Policy:
         config = self.transformer.peft_config["default"].to_dict()
         config |= {name: sorted(value) for name, value in config.items() if isinstance(value, set)}  # equal files
         self.pipe.save_lora_weights(folder, self.lora(), transformer_lora_adapter_metadata=config)
+        file = Path(folder, "pytorch_lora_weights.safetensors")
+        data = file.read_bytes()  # its header's length, the header, the numbers; safetensors shuffles the header
+        end = 8 + int.from_bytes(data[:8], "little")
+        header = json.dumps(json.loads(data[8:end]), sort_keys=True).encode()
+        header += b" " * (-len(header) % 8)
+        file.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
 
 
 def make_policy(args, trajectories):
@@ -969,13 +975,18 @@ def run_config(args):
 
 def print_ending(args, lines):
     """What a run did, where to look, and how to use its adapter: three lines."""
+    import diffusers
+
     _, source, class_name = find_family(args.model)
+    config = getattr(diffusers, class_name).load_config(source)
+    absent = [f", {name}=None" for name, value in config.items() if isinstance(value, list) and value[0] is None]
+    load = f'diffusers.{class_name}.from_pretrained("{source}"{"".join(absent)})'
     looks = [line["eval_reward"] for line in lines if line.get("eval_reward") is not None]
     minutes = sum(value for line in lines for name, value in line.items() if name.endswith("_s") and value) / 60
     evals = lines[-1].get("velocity_evals", 0)
     print(f"evaluation {looks[0]:.3f} -> {looks[-1]:.3f} in {minutes:.1f} minutes and {evals:,} velocity evaluations")
     print(f"pictures before and after: {args.output}/samples/compare.png; adapter: {args.output}/lora")
-    print(f'pipe = diffusers.{class_name}.from_pretrained("{source}"); pipe.load_lora_weights("{args.output}/lora")')
+    print(f'pipe = {load}; pipe.load_lora_weights("{args.output}/lora")')
 
 
 # ---------------------------------------------------------------- the command line

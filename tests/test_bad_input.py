@@ -139,6 +139,7 @@ def test_prompts_that_are_unusual_and_legal(tmp_path):
         "2.png",
         "compare.png",
         "progress.png",
+        "steps.png",
     }
 
 

@@ -74,8 +74,8 @@ def test_same_seed_same_files_and_the_run_folder(script, tmp_path):
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     assert config["settings"]["seed"] == 3 and config["settings"]["steps"] == 5 and config["versions"]["torch"]
     samples = tmp_path / "a" / "samples"
-    chart = {"grpo": [], "gcpo": ["chunks.png"], "tempflow_grpo": ["steps.png"]}[script]
-    assert {path.name for path in samples.iterdir()} == {"0.png", "2.png", "compare.png", "progress.png", *chart}
+    names = {"0.png", "2.png", "compare.png", "progress.png", "steps.png"}
+    assert {path.name for path in samples.iterdir()} == names
     with Image.open(samples / "2.png") as sheet, Image.open(samples / "compare.png") as both:
         assert both.width >= 2 * sheet.width and sheet.getextrema() != ((255, 255),) * 3
     interface = """iteration reward_mean reward_std reward/shapes zero_std_groups ratio_mean ratio_min ratio_max
@@ -142,7 +142,7 @@ def test_lora_in_a_plain_diffusers_script_gives_the_pictures_of_the_evaluation(r
     base = pipe(prompts, **options).images
     pipe.load_lora_weights(seen.folder / "lora")
     tuned = pipe(prompts, **options).images
-    shown = list(range(0, len(prompts), 2))  # the grid shows every second
+    shown = list(range(16))  # the grid shows the first ones
     assert (tuned[shown] - seen.images[-1]).abs().max() < 1e-4
     assert (base[shown] - seen.images[0]).abs().max() < 1e-4
     assert (tuned - base).abs().max() > 1e-2

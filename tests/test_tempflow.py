@@ -78,6 +78,9 @@ class FlatReward:
     def check(self, prompts):
         pass
 
+    def load(self):
+        pass
+
     def self_check(self, images, prompts, parts):
         return []
 
