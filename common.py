@@ -444,9 +444,10 @@ class Policy:
         cast_training_params(self.transformer, torch.float32)
         self.parameters = [p for p in self.transformer.parameters() if p.requires_grad]
         self.ema = EMAModel(self.parameters, ema_decay) if ema_decay else None
-        # The loss is averaged over the latent's dimensions, so its gradients are that much smaller: in float16 they
-        # would be 0 inside the network. They go through it multiplied; a power of two changes no digit.
-        self.loss_scale = 2.0 ** round(math.log2(math.prod(self.shape)))
+        # The loss is averaged over the latent's numbers and an update's transitions (1,024, say), and so small are its
+        # gradients: in float16 they would be 0 inside the network, so they go through it multiplied. A power of two
+        # changes no digit.
+        self.loss_scale = 1024 * 2.0 ** round(math.log2(math.prod(self.shape)))
         if gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
         if compile:

@@ -116,8 +116,13 @@ QUESTIONS = {
 
 
 def command(name, seed):
-    """The command line of a run, without its --output. Its iterations are those that pass BUDGET, at an evaluation."""
+    """The command line of a run, without its --output. Its iterations are those that pass BUDGET, at an evaluation.
+
+    The three scripts themselves run with nothing but their names: to the end of their defaults, which is later.
+    """
     script, _, options = RUNS[name].line.partition(" ")
+    if name in SCRIPTS:
+        return f"python {script}.py --seed {seed}"
     iterations = -(-BUDGET // (10 * RUNS[name].evals)) * 10
     return f"python {script}.py {options} --iterations {iterations} --eval-every 10 --seed {seed}".replace("  ", " ")
 

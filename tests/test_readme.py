@@ -1,11 +1,14 @@
-"""The README says what is: its commands and options exist, its example runs, it explains every logged metric."""
+"""The README says what is: its commands and options exist, its examples run, its code stands in the files."""
 
 import itertools
 import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
+import common
+import grpo
 import study
 from conftest import ROOT, SCRIPTS, cli, here, metrics, small
 
@@ -15,19 +18,35 @@ README = (ROOT / "README.md").read_text("utf-8")
 FENCED = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.S | re.M)
 SHELL = "\n".join(text for language, text in FENCED if not language).replace(" && ", "\n")
 COMMANDS = sorted(
-    set(re.findall(r"^python .*\.py\b.*$", SHELL, re.M))
+    set(re.findall(r"^(?:python|torchrun) .*\.py\b.*$", SHELL, re.M))
     | set(re.findall(r"`(python [\w/]+\.py[^`\n]*)`", re.sub(r"^```.*?^```$", "", README, flags=re.S | re.M)))
 )
+OWN = [c for c in COMMANDS if c.startswith("python ") and c.split()[1].removesuffix(".py") in SCRIPTS]
+
+
+def python_block(first_line):
+    return next(text for language, text in FENCED if language == "python" and text.startswith(first_line))
 
 
 def test_example_with_plain_diffusers_runs(tmp_path):
     done = cli("grpo", *small("grpo"), "--iterations", "1", "--output", tmp_path / "runs" / "mine")
     assert done.returncode == 0, done.stderr
     (tmp_path / "tests").symlink_to(ROOT / "tests")
-    code = re.search(r"```python\n(import torch\n.*?)```", README, re.S).group(1)
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-c", python_block("import torch\n")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "two_red_circles.png").stat().st_size > 500
+
+
+def test_quoted_code_stands_in_its_file():
+    quotes = [text for language, text in FENCED if language == "python" and re.match(r"# \w+\.py, ", text)]
+    assert len(quotes) == 4
+    for quote in quotes:
+        head, *lines = quote.splitlines()
+        source = [
+            line.strip() for line in (ROOT / re.match(r"# (\w+\.py)", head).group(1)).read_text("utf-8").splitlines()
+        ]
+        assert len(lines) >= 3 and not [line for line in lines if line not in source]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -36,22 +55,24 @@ def test_every_metric_is_explained(script, tmp_path):
     assert here(script, *small(script), *options).returncode == 0
     explained = re.sub(r"/<name>", "/shapes", README)
     for key in metrics(tmp_path / "run")[-1]:
-        assert f"`{key}`" in explained or key == "iteration" or key.startswith("ratio_first_error"), key
+        assert f"`{key}`" in explained or key == "iteration", key
 
 
-def option_values(command):
-    """The words after `python FILE.py`, with the placeholder S of a seed filled in."""
-    return ["0" if word == "S" else word for word in shlex.split(command)[2:]]
+def test_the_terminal_shows_what_the_readme_shows(tmp_path):
+    shown = next(text for language, text in FENCED if language == "text").splitlines()
+    done = cli("grpo", *small("grpo"), "--iterations", "1", "--output", tmp_path / "run")
+    kinds = [re.sub(r"[\d.,]+", "0", line).split()[:1] for line in done.stdout.splitlines()]
+    for line in shown:
+        assert line == "..." or re.sub(r"[\d.,]+", "0", line).split()[:1] in kinds, line
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.split()[1].removesuffix(".py") in SCRIPTS])
+@pytest.mark.parametrize("command", OWN)
 def test_commands_with_the_scripts(command, tmp_path, monkeypatch, serve):
     """Every command line of a script, as it stands, but for sizes that take seconds."""
-    script, options = command.split()[1].removesuffix(".py"), option_values(command)
+    script, options = command.split()[1].removesuffix(".py"), shlex.split(command)[2:]
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "data.txt").write_text("a red circle\ntwo blue squares\n")
-    (tmp_path / "question.txt").write_text("How well does it show {prompt}? Score: NUMBER")
-    (tmp_path / "my_file.py").write_text(re.search(r"```python\n(# my_file.py\n.*?)```", README, re.S).group(1))
+    Path("data.txt").write_text("a red circle\ntwo blue squares\n")
+    Path("my_file.py").write_text(python_block("# my_file.py\n"))
     if "--help" in options:
         assert cli(script, *options).stdout.startswith("usage")
         return
@@ -65,14 +86,27 @@ def test_commands_with_the_scripts(command, tmp_path, monkeypatch, serve):
         options, quick = options[:2], ["--iterations", "2"]
     done = here(script, *options, *quick)
     assert done.returncode == 0, done.stderr
-    assert len(list((tmp_path / "runs").glob("*/metrics.jsonl"))) == 1
+    assert len(list(tmp_path.glob("runs/*/metrics.jsonl"))) == 1
     assert ("vlm:" in command) == bool(server.requests)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("torchrun")])
+def test_commands_for_eight_gpus_divide(command, tmp_path, monkeypatch):
+    """Their options exist, and their batches divide among eight processes; the models cannot be had here."""
+    count, script, *options = shlex.split(command)[2:]
+    module = __import__(script.removesuffix(".py"))
+    args = common.make_parser(module.Args, module.DEFAULTS).parse_args(options)
+    settings = module.DEFAULTS["flux" if "FLUX" in command else "sd3"] | vars(args)
+    monkeypatch.setattr(common, "PROCESSES", int(count))
+    args = module.Args(**settings)
+    each = args.seeds_per_prompt if script == "tempflow_grpo.py" else args.group_size
+    assert common.split_batch(args, each) == settings["prompts_per_iteration"] * each // int(count)
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "bench.py" in c and "curves" not in c])
 def test_commands_with_the_benchmarks(command):
-    quick = {"model": ["--tiny", "--resolution", "64", "--device", "cpu"], "tempflow": ["--repeats", "1"]}
-    options = option_values(command)
+    quick = {"model": ["--tiny", "--resolution", "64", "--device", "cpu"], "tempflow": ["--repeats", "1"], "plan": []}
+    options = shlex.split(command)[2:]
     line = [sys.executable, "tests/bench.py", *options, *quick[options[0]]]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -81,23 +115,24 @@ def test_commands_with_the_benchmarks(command):
 
 def test_every_command_is_one_of_those():
     """A command of a kind that no test runs must be added to one."""
-    known = {f"{script}.py" for script in SCRIPTS} | {"tests/bench.py", "mixgrpo.py"}
-    assert COMMANDS and {command.split()[1] for command in COMMANDS} <= known
+    known = {f"{script}.py" for script in SCRIPTS} | {"tests/bench.py", "tests/drawing.py", "mixgrpo.py"}
+    assert COMMANDS and {re.search(r"\S+\.py", command).group(0) for command in COMMANDS} <= known
 
 
-def test_tables_of_results_are_those_of_the_committed_metrics():
-    for title, table in study.tables().items():
-        for line in table.splitlines():
-            assert line in README, f"{title}: {line}\nrun python tests/bench.py curves --plot"
+def test_table_of_results_is_that_of_the_committed_metrics():
+    for line in study.tables()["main"].splitlines():
+        assert line in README, f"{line}\nrun python tests/bench.py curves --plot"
 
 
-def test_lines_of_code_are_where_the_readme_says():
-    links = re.findall(r"\[`([^`]+)`\]\((\w+\.py)#L(\d+)\)", README)
-    assert len(links) > 10
-    for code, file, number in links:
-        lines = (ROOT / file).read_text("utf-8").splitlines()
-        now = [n for n, line in enumerate(lines, 1) if code in line]
-        assert int(number) in now, f"{file}: {code} is in line {now}, the README says {number}"
+def test_counted_lines():
+    """The table of what to read: lines of a file, and lines that differ."""
+    found = dict(re.findall(r"^\| \[`(\w+\.py)`\]\(\w+\.py\) \| (\d+) \|", README, re.M))
+    assert len(found) == 3
+    for file, lines in found.items():
+        assert len((ROOT / file).read_text("utf-8").splitlines()) == int(lines), file
+    for other, lines in re.findall(r"^\| `diff grpo.py (\w+\.py)` \| (\d+) changed", README, re.M):
+        diff = subprocess.run(["diff", "grpo.py", other], cwd=ROOT, capture_output=True, text=True).stdout
+        assert sum(line[0] in "<>" for line in diff.splitlines()) == int(lines), other
 
 
 def test_mathematics_is_as_github_reads_it():
@@ -110,24 +145,33 @@ def test_mathematics_is_as_github_reads_it():
 
 
 def test_options_named_in_the_readme_exist():
-    help_text = "".join(cli(script, "--help").stdout for script in SCRIPTS)
-    named = set(re.findall(r"`[^`\n]*?(--[a-z][a-z-]+)", README)) - {
-        "--help",
-        "--plot",
-        "--tiny",
-        "--window-every",
-        "--model",
-    }
-    assert len(named) > 15
-    assert not {option for option in named if option + " " not in help_text.replace(",", " ").replace("]", " ")}
+    help_text = "".join(cli(script, "--help").stdout for script in SCRIPTS) + (ROOT / "tests/bench.py").read_text(
+        "utf-8"
+    )
+    elsewhere = {"--help", "--plot", "--nproc-per-node", "--window-every", "--no-deps"}
+    named = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", README)) - elsewhere
+    assert len(named) > 15 and not {option for option in named if option not in help_text}
 
 
 def test_links_and_pictures_of_the_readme_are_there():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("http") or (ROOT / target).exists(), target
-
-
-def test_links_within_the_readme():
     heads = re.findall(r"^#+ (.*)$", README, re.M)
     anchors = {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
     assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= anchors
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 350
+
+
+def test_worked_example_of_a_step():
+    """What the README asks a reader to work out: sigma 0.5 to 0.4, a = 0.7, x = 1, v = 2."""
+    import torch
+
+    sigmas = torch.tensor([1.0, 0.5, 0.4, 0.0], dtype=torch.float64)
+    s = common.noise_scale(sigmas, "flow", 0.7)[1]
+    mean, std = grpo.sde_mean_std(torch.ones(1, 1, 1, 1).double(), torch.full((1, 1, 1, 1), 2.0).double(), 0.5, 0.4, s)
+    shown = re.search(r"mean ([\d.]+) and std ([\d.]+)", README)
+    assert float(shown.group(1)) == pytest.approx(mean.item(), abs=5e-4)
+    assert float(shown.group(2)) == pytest.approx(std.item(), abs=5e-4)
