@@ -1,21 +1,30 @@
-"""Measurements. Each subcommand is a function below; `python tests/bench.py COMMAND --help` tells its options.
+"""Counts and measurements. Each command is a function below; `python tests/bench.py COMMAND --help` tells its options.
 
-python tests/bench.py model --model sd3 --resolution 512            # speed and memory at the true size, on CUDA
-python tests/bench.py model --model flux --resolution 512 --tiny    # the same lines from a toy, on a CPU
-python tests/bench.py tempflow                                     # the savings of tempflow_grpo.py, on the tiny model
-python tests/bench.py curves                                       # the study of the README; --plot makes its figures
+python tests/bench.py plan --model sd3 --memory 24 --tflops 65   # time and memory of the scripts, by count
+python tests/bench.py plan --model sd3 --sde-steps 3 --guidance 1    # the same, with options of theirs
+python tests/bench.py model --model sd3             # the same calls measured with random weights, on CUDA
+python tests/bench.py model --model flux --tiny     # the same lines from a toy, on a CPU
+python tests/bench.py tempflow                      # the savings of tempflow_grpo.py, on the tiny model
+python tests/bench.py curves                        # the study of the README; --plot makes its figures
 """
 
 import argparse
+import dataclasses
+import json
+import math
 import os
 import sys
+import tempfile
 import time
-from contextlib import nullcontext
+import weakref
+from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -26,69 +35,75 @@ import grpo  # noqa: E402
 import study  # noqa: E402
 import tempflow_grpo  # noqa: E402
 
-# ---------------------------------------------------------------- model: speed and memory at the true sizes
+SCRIPTS = (grpo, gcpo, tempflow_grpo)
 
-# For each family: the transformer's class and settings, its parameters in billions, the shapes of a prompt's text, and
-# what --tiny changes.
+# ---------------------------------------------------------------- the networks in their true sizes
+
+CLIP_L = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768)
+CLIP_G = dict(
+    hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280
+)
+T5_XXL = dict(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
+QWEN3_4B = dict(
+    hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
+    head_dim=128, tie_word_embeddings=True,
+)  # fmt: skip
+PICKSCORE = dict(  # CLIP ViT-H/14
+    text_config=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16),
+    vision_config=dict(
+        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14
+    ),
+    projection_dim=1024,
+)
+
+# For each family: its pipeline, the transformer's class and settings, its parameters in billions, the text encoders,
+# the shapes of a prompt's text, and what --tiny changes.
 SIZES = {
     "sd3": dict(
+        pipeline="StableDiffusion3Pipeline",
         transformer="SD3Transformer2DModel",
         config=dict(
-            sample_size=128,
-            patch_size=2,
-            in_channels=16,
-            out_channels=16,
-            num_layers=24,
-            attention_head_dim=64,
-            num_attention_heads=24,
-            joint_attention_dim=4096,
-            caption_projection_dim=1536,
-            pooled_projection_dim=2048,
-            pos_embed_max_size=384,
-            dual_attention_layers=tuple(range(13)),
-            qk_norm="rms_norm",
+            sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64,
+            num_attention_heads=24, joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048,
+            pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm",
         ),
         parameters=2.243,
+        encoders=dict(
+            text_encoder=("CLIPTextModelWithProjection", CLIP_L),
+            text_encoder_2=("CLIPTextModelWithProjection", CLIP_G | dict(hidden_act="gelu")),
+            text_encoder_3=("T5EncoderModel", T5_XXL),
+        ),
         text=[(77 + 256, 4096), (2048,)],
         vae=dict(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609),
         tiny=dict(num_layers=2, num_attention_heads=2, caption_projection_dim=128, dual_attention_layers=(0,)),
     ),
     "flux": dict(
+        pipeline="FluxPipeline",
         transformer="FluxTransformer2DModel",
         config=dict(
-            patch_size=1,
-            in_channels=64,
-            num_layers=19,
-            num_single_layers=38,
-            attention_head_dim=128,
-            num_attention_heads=24,
-            joint_attention_dim=4096,
-            pooled_projection_dim=768,
-            guidance_embeds=True,
+            patch_size=1, in_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128,
+            num_attention_heads=24, joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True,
         ),
         parameters=11.90,
+        encoders=dict(text_encoder=("CLIPTextModel", CLIP_L), text_encoder_2=("T5EncoderModel", T5_XXL)),
         text=[(512, 4096), (768,)],
         vae=dict(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159),
         tiny=dict(num_layers=1, num_single_layers=1, num_attention_heads=2),
     ),
     "flux2": dict(
+        pipeline="Flux2KleinPipeline",
         transformer="Flux2Transformer2DModel",
         config=dict(
-            in_channels=128,
-            num_layers=5,
-            num_single_layers=20,
-            attention_head_dim=128,
-            num_attention_heads=24,
-            joint_attention_dim=7680,
-            guidance_embeds=False,
+            in_channels=128, num_layers=5, num_single_layers=20, attention_head_dim=128, num_attention_heads=24,
+            joint_attention_dim=7680, guidance_embeds=False,
         ),
         parameters=3.88,
+        encoders=dict(text_encoder=("Qwen3ForCausalLM", QWEN3_4B)),
         text=[(512, 7680)],
         vae=dict(latent_channels=32),
         tiny=dict(num_layers=1, num_single_layers=1, num_attention_heads=2),
     ),
-}
-CHUNK = 7  # the longest of [GC]'s fixed sizes 2, 3, 4, 7
+}  # fmt: skip
 
 
 def make_transformer(name, tiny=False):
@@ -101,11 +116,10 @@ def make_transformer(name, tiny=False):
 def make_vae(name, tiny=False):
     import diffusers
 
-    channels = (32,) * 4 if tiny else (128, 256, 512, 512)
     options = dict(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=channels,
+        block_out_channels=(32,) * 4 if tiny else (128, 256, 512, 512),
         layers_per_block=1 if tiny else 2,
     )
     if name != "flux2":
@@ -114,8 +128,29 @@ def make_vae(name, tiny=False):
     return vae_class(**options, **SIZES[name]["vae"])
 
 
-def make_policy(args, dtype, **settings):
-    """A Policy whose transformer and VAE have the true sizes and random weights, made on the device in dtype."""
+def make_encoder(class_name, config):
+    import transformers
+
+    model_class = getattr(transformers, class_name)
+    return model_class(model_class.config_class(**config)).eval()
+
+
+def make_on(device, dtype, make, *args):
+    """A network made at once on a device in a dtype: in float32 on the CPU some would not fit."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return make(*args)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def make_pipeline(name, device, dtype, tiny=False, encoders=False):
+    """A pipeline with transformer and VAE, and text encoders if asked, of the true sizes with random weights.
+
+    All else is that of small_pipelines.py: tokenizers of a few letters, the scheduler.
+    """
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -124,312 +159,368 @@ def make_policy(args, dtype, **settings):
     import diffusers
 
     diffusers.utils.logging.set_verbosity_error()
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(args.device):
-            transformer, vae = make_transformer(args.model, args.tiny), make_vae(args.model, args.tiny)
-    finally:
-        torch.set_default_dtype(before)
-    for weight in transformer.parameters():  # some are zero at first, and would hide errors of rounding
-        if weight.dim() > 1:
-            torch.nn.init.normal_(weight, std=0.02)
-    pipe = small_pipelines.MAKERS[args.model]()  # its scheduler and methods; its encoders are not used
-    pipe.register_modules(transformer=transformer.to(dtype), vae=vae.to(dtype))
-    pipe.vae_scale_factor, pipe.patch_size = 8, transformer.config.patch_size
-    defaults = grpo.DEFAULTS[args.model]
-    names = ("guidance", "lora_rank", "lora_alpha")
-    usual = {name: defaults[name] for name in names} | dict(model="random", seed=0, dtype=str(dtype).split(".")[1])
-    usual |= {name: getattr(args, name) for name in ("device", "resolution", "micro_batch", "compile")}
-    usual |= {"gradient_checkpointing": args.gradient_checkpointing}
-    return common.Policy(SimpleNamespace(**usual | settings), pipe=pipe)
+    pipe = small_pipelines.MAKERS[name]()
+    networks = dict(
+        transformer=make_on(device, dtype, make_transformer, name, tiny),
+        vae=make_on(device, dtype, make_vae, name, tiny),
+    )
+    if encoders:
+        for part, size in SIZES[name]["encoders"].items():
+            networks[part] = make_on(device, dtype, make_encoder, *size)
+        pipe.tokenizer_max_length = 77 if name != "flux2" else pipe.tokenizer_max_length
+        for tokenizer in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)):
+            if type(tokenizer).__name__.startswith("CLIP"):
+                tokenizer.model_max_length = 77
+    pipe.register_modules(**networks)
+    pipe.vae_scale_factor, pipe.patch_size = 8, networks["transformer"].config.patch_size
+    return pipe
 
 
-def make_text(args, policy, rows=2):
-    generator = torch.Generator().manual_seed(0)
-    dtype, shapes = policy.transformer.dtype, SIZES[args.model]["text"]
-    return [torch.randn(rows + 1, *shape, generator=generator).to(policy.device, dtype) for shape in shapes]
+def policy_of(args, pipe, device, **settings):
+    """The Policy of a script's settings, with this pipeline and device in place of the model's."""
+    names = "resolution guidance micro_batch lora_rank lora_alpha ema_decay gradient_checkpointing compile".split()
+    return common.Policy(pipe, **{name: getattr(args, name) for name in names} | settings, device=device)
 
 
-def timed(device, function, warm_up=True):
-    """Seconds of a call, and its peak memory in GB (nan on a CPU). The warm-up pays for compiling and allocating."""
-    cuda = torch.device(device).type == "cuda"
-    if warm_up:
+# ---------------------------------------------------------------- plan: time and memory by count
+
+
+class Meter(TorchDispatchMode):
+    """Counts FLOPs, kernels, and the bytes of all tensors that are made inside and live at a time.
+
+    A kernel is an operation that is no view and no allocation. kept: tensors that are there already.
+    """
+
+    def __init__(self, kept=()):
+        super().__init__()
+        self.flops = self.kernels = self.bytes = self.peak = 0
+        self.live = {tensor.untyped_storage()._cdata: 0 for tensor in kept}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.name()
+        self.kernels += not (func.is_view or name.startswith("aten::empty") or name == "aten::detach")
+        if func._overloadpacket in flop_registry:
+            self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        for tensor in tree_iter(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.live:
+                storage = tensor.untyped_storage()
+                self.live[storage._cdata] = storage.nbytes()
+                self.bytes += storage.nbytes()
+                weakref.finalize(storage, self.free, storage._cdata)
+        self.peak = max(self.peak, self.bytes)
+        return out
+
+    def free(self, key):
+        self.bytes -= self.live.pop(key)
+
+
+def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """The kernel that scaled_dot_product_attention takes on CUDA, for tensors of which only the shape is known."""
+    aten = torch.ops.aten
+    if enable_gqa:
+        key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
+    if query.dtype != torch.float32 and attn_mask is None and query.shape[-1] <= 256:
+        return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2]).to(query.dtype)
+    needs = torch.is_grad_enabled() and query.requires_grad
+    options = attn_mask, needs, dropout_p, is_causal
+    return aten._scaled_dot_product_efficient_attention(query, key, value, *options, scale=scale)[0]
+
+
+def count(function, kept=()):
+    """(FLOPs, kernels, peak bytes) of a call on the meta device."""
+    kept = [tensor for part in kept for tensor in (part.parameters() if isinstance(part, torch.nn.Module) else [part])]
+    with mock.patch("torch.nn.functional.scaled_dot_product_attention", attention), Meter(kept) as meter:
         function()
+    return meter.flops, meter.kernels, meter.peak
+
+
+def calls(policy, text):
+    """What a run does over and over: {name: function}, a call with a full micro-batch each, on the policy's device."""
+    M, device = policy.micro_batch, policy.device
+    x, x_next = (torch.randn(M, *policy.shape, device=device) for _ in range(2))
+    owner, sigma, std = (torch.full((M,), value, device=device) for value in (0, 0.5, 0.1))
+    logps = []
+
+    def logp():
+        mean, _ = common.sde_mean_std(x, policy.velocity(x, sigma, text, owner), sigma, 0.8 * sigma, std)
+        return common.log_prob(x_next, mean, std.view(-1, 1, 1, 1))
+
+    def rollout():
+        with torch.no_grad():
+            logps.append(logp())
+
+    def train():
+        logps.append(logp())
+        logps[-1].sum().backward()
+
+    return {"rollout": rollout, "train": train, "decode": lambda: policy.decode(x)}, logps
+
+
+# What the plan takes for granted about the machine.
+KERNEL = 5e-6  # seconds to launch a kernel
+HOST = 0.02  # seconds to bring a picture of 512 x 512 to the CPU and to make it ready for the reward
+BUS = 10e9  # bytes a second between the CPU's memory and the GPU's
+FREE = 0.08  # share of the memory that is left to CUDA's context, the libraries' workspaces and gaps
+SCORED = 16  # pictures that PickScore takes at once
+HELD = 64  # pictures that common.score holds at a time
+
+
+def as_option(name):
+    return "--" + name.replace("_", "-")
+
+
+def script_args(module, model, options):
+    """The settings of a script by its own command line, for a model that need not be there."""
+    fields = {script: {as_option(field.name) for field in dataclasses.fields(script.Args)} for script in SCRIPTS}
+    line, own = [], True
+    for word in options:
+        if word.startswith("--"):  # what only another script has is left out, and its value with it
+            name = word.split("=")[0]
+            own = name in fields[module] or not any(name in names for names in fields.values())
+        line += [word] if own else []
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "model_index.json").write_text(json.dumps({"_class_name": SIZES[model]["pipeline"]}))
+        usual = f"--model {folder} --prompts {common.TINY / 'prompts.txt'} --device cpu --dtype bfloat16"
+        return common.parse_args(module.Args, module.DEFAULTS, usual.split() + line)
+
+
+def work(module, args):
+    """What an iteration does, on average: {"rollout": sizes of batches, "train": ...} and how many images it scores.
+
+    A batch is taken a micro-batch at a time. rollout: forward only, wherever that is done; train: with backward. Where
+    chance decides, as which chunks gcpo.py draws, this is the mean. Adaptive chunks are taken to be as few as
+    --chunk-max allows.
+    """
+    U, T = args.updates_per_iteration, args.steps
+    steps, drawn = common.parse_sde_steps(args)
+    N = images = args.prompts_per_iteration * getattr(args, "group_size", getattr(args, "seeds_per_prompt", None))
+    forward, train = [N] * T, [Fraction(drawn * N, U)] * U
+    if module is gcpo:
+        few = -(-drawn // args.chunk_max)
+        sizes = gcpo.parse_chunks(args, steps, drawn) or [drawn // few + (n < drawn % few) for n in range(few)]
+        share = Fraction(max(1, int(args.chunk_fraction * len(sizes) + 0.5)), len(sizes))
+        train = [share * rows for rows in train]
+        # later updates need the log-probs of the whole chunk as they are now
+        forward += [share * sum(size for size in sizes if size > 1) * N / U] * (U - 1)
+    if module is tempflow_grpo:
+        images = N * args.branches * drawn
+        before = [sum(step < now for step in steps) for now in range(T)]
+        trunk = [1 - Fraction(math.comb(n, drawn), math.comb(len(steps), drawn)) for n in before]  # is still needed
+        forward = [N * (alive + args.branches * Fraction(n * drawn, len(steps))) for n, alive in zip(before, trunk)]
+    if args.kl_coef > 0:  # the reference
+        forward += train
+    return {"rollout": forward, "train": train}, images
+
+
+def evaluations(module, args, passes):
+    """Velocity evaluations of an iteration as a run counts them. passes: of the network for one velocity, 1 or 2."""
+    batches, _ = work(module, args)
+    return float(passes * (sum(batches["rollout"]) + 3 * sum(batches["train"])))
+
+
+def count_calls(policy, text):
+    """{call: (FLOPs, kernels, peak bytes)} of a policy on the meta device, with its micro-batch."""
+    policy.family.ids = None  # FLUX.1 keeps those of one size
+    for parameter in policy.parameters:
+        parameter.grad = torch.empty_like(parameter)
+    kept = [policy.transformer, policy.pipe.vae, *text, *(parameter.grad for parameter in policy.parameters)]
+    functions, _ = calls(policy, text)
+    counts = {name: count(function, kept) for name, function in functions.items()}
+    policy.transformer.enable_gradient_checkpointing()
+    counts["checkpointed"] = count(functions["train"], kept)
+    policy.transformer.disable_gradient_checkpointing()
+    return counts
+
+
+def count_model(model, args):
+    """A function (call, rows) -> (FLOPs, kernels, peak bytes), {part: bytes of its weights}, shape, passes.
+
+    All three are linear in the rows, so they are counted for one row and for two.
+    """
+    import transformers
+
+    dtype = common.DTYPES[args.dtype]
+    pipe = make_pipeline(model, "meta", dtype, encoders=True)
+    with torch.device("meta"):
+        policy = policy_of(args, pipe, "meta", gradient_checkpointing=False, compile=False)
+        text = [torch.empty(3, *shape, dtype=dtype) for shape in SIZES[model]["text"]]
+    counts = []
+    for policy.micro_batch in (1, 2):
+        counts.append(count_calls(policy, text))
+
+    clip = make_on("meta", torch.float16, transformers.CLIPModel, transformers.CLIPConfig(**PICKSCORE))
+    pixels = torch.empty(SCORED, 3, 224, 224, dtype=torch.float16, device="meta")
+    tokens = torch.ones(SCORED, 77, dtype=torch.long, device="meta")
+    encoders = torch.nn.ModuleList(policy.encoders)
+    with torch.no_grad():
+        fixed = {
+            "encode": count(lambda: policy.family.encode([""] * 8), [encoders]),
+            "score": count(lambda: [clip.get_image_features(pixels), clip.get_text_features(tokens)], [clip, pixels]),
+        }
+
+    def cost(call, rows):
+        if call in fixed:
+            return fixed[call]
+        return tuple(one + (rows - 1) * (two - one) for one, two in zip(*(count[call] for count in counts)))
+
+    parts = {"transformer": policy.transformer, "vae": pipe.vae, "encoders": encoders, "reward": clip}
+    weights = {name: sum(w.numel() * w.element_size() for w in part.parameters()) for name, part in parts.items()}
+    weights["adapter"] = sum(w.numel() * w.element_size() for w in policy.parameters)
+    passes = 2 if policy.guidance > 1 and policy.family.two_pass_guidance else 1
+    return cost, weights, policy.shape, passes
+
+
+def plan(module, model, args, memory, tflops, counted=None):
+    """{what: number} of a script's run on a GPU of `memory` bytes that computes `tflops` FLOPs a second."""
+    cost, weights, shape, passes = counted or count_model(model, args)
+    batches, images = work(module, args)
+    trajectories = images if module is tempflow_grpo else args.prompts_per_iteration * args.group_size
+    M = min(args.micro_batch, trajectories)
+    train = "checkpointed" if args.gradient_checkpointing else "train"
+
+    def seconds(call, sizes, rows=M):
+        """Of calls that take batches of these sizes, `rows` at a time: a full call even for the last few."""
+        flops, kernels, _ = cost(call, rows)
+        return sum(math.ceil(size / rows) for size in sizes) * max(flops / tflops, KERNEL * kernels)
+
+    host = HOST * (args.resolution / 512) ** 2
+    texts = args.prompts_per_iteration + 1
+    time = {
+        "rollout": seconds("rollout", batches["rollout"]),
+        "training": seconds(train, batches["train"]),
+        "decoding": seconds("decode", [images]),
+        "scoring": seconds("score", [images], SCORED) + host * images,
+        "encoding": seconds("encode", [texts], 8) + 2 * weights["encoders"] / BUS,
+    }
+    shown = 64 * args.eval_seeds  # pictures of an evaluation
+    evaluation = seconds("rollout", [shown] * args.eval_steps) + seconds("decode", [shown])
+    evaluation += seconds("score", [shown], SCORED) + host * shown
+    iteration, count = sum(time.values()), 1 + math.ceil(args.iterations / args.eval_every)
+    flops = {
+        call: sum(sizes) * cost(call, M)[0] / M
+        for call, sizes in {"rollout": batches["rollout"], train: batches["train"], "decode": [images]}.items()
+    }
+    flops["score"] = images / SCORED * cost("score", SCORED)[0]
+
+    latents = 3 * args.steps * trajectories * math.prod(shape) * 4
+    stays = weights["transformer"] + weights["vae"] + weights["adapter"] * (3 + (args.ema_decay > 0))  # gradient, AdamW
+    stays += 0 if args.reward_offload else weights["reward"]
+    stays += latents if 8 * latents <= memory else 0
+    pictures = 2 * min(HELD, images) * 3 * args.resolution**2 * 4  # while they are put together
+    extra = {
+        "rollout": cost("rollout", M)[2],
+        "training": cost(train, M)[2] + (cost("rollout", M)[2] if args.kl_coef > 0 else 0),
+        "decoding": cost("decode", M)[2] + pictures,
+        "scoring": cost("score", SCORED)[2] + pictures + (weights["reward"] if args.reward_offload else 0),
+        "encoding": cost("encode", 8)[2] + weights["encoders"],
+    }
+    room = (1 - FREE) * memory - stays
+    fits = {}
+    for call in ("train", "checkpointed"):
+        one, two = (max(cost(call, rows)[2], cost("decode", rows)[2] + pictures) for rows in (1, 2))
+        fits[call] = max(0, int((room - one) / (two - one) + 1))
+    return {
+        "PFLOP": float(sum(flops.values())) / 1e15,
+        "minutes": float(iteration) / 60,
+        "evaluations": evaluations(module, args, passes),
+        "images": images,
+        "minutes of": {name: float(t) / 60 for name, t in time.items()},
+        "hours": (args.iterations * iteration + count * evaluation) / 3600,
+        "GB in": {name: (stays + more) / 1e9 for name, more in extra.items()},
+        "fits": fits,
+        "held GB": memory * (1 - FREE) / 1e9,
+    }
+
+
+def bench_plan(args, options):
+    """Time and memory of each script on one GPU, by count: needs none. It takes the scripts' options as well."""
+    counted, columns = {}, []
+    for module in SCRIPTS:
+        own = script_args(module, args.model, options)
+        key = own.resolution, own.guidance > 1, own.lora_rank
+        counted[key] = counted.get(key) or count_model(args.model, own)
+        columns.append((own, plan(module, args.model, own, args.memory * 1e9, args.tflops * 1e12, counted[key])))
+
+    def row(name, values):
+        print(f"{name:40s}" + "".join(f"{value:>18}" for value in values))
+
+    print(f"{args.model} on {args.memory:g} GB at {args.tflops:g} TFLOP/s; counted, not measured")
+    row("", [f"{module.__name__}.py" for module in SCRIPTS])
+    for name in ("resolution", "steps", "sde_steps", "guidance", "prompts_per_iteration", "micro_batch"):
+        row(as_option(name), [getattr(own, name) for own, _ in columns])
+    row("an iteration: images", [result["images"] for _, result in columns])
+    row("  velocity evaluations", [f"{result['evaluations']:.0f}" for _, result in columns])
+    row("  PFLOP", [f"{result['PFLOP']:.1f}" for _, result in columns])
+    row("  minutes", [f"{result['minutes']:.2f}" for _, result in columns])
+    for name in columns[0][1]["minutes of"]:
+        row(f"    {name}", [f"{result['minutes of'][name]:.2f}" for _, result in columns])
+    row("the run: iterations", [own.iterations for own, _ in columns])
+    row("  hours, evaluations too", [f"{result['hours']:.1f}" for _, result in columns])
+    room = args.memory * (1 - FREE)
+    for name in columns[0][1]["GB in"]:
+        peaks = [result["GB in"][name] for _, result in columns]
+        row(f"GB in {name}", [f"{'too much: ' if peak > room else ''}{peak:.1f}" for peak in peaks])
+    row("largest --micro-batch", [result["fits"]["train"] for _, result in columns])
+    row("  with --gradient-checkpointing", [result["fits"]["checkpointed"] for _, result in columns])
+    print(
+        f"A call takes the longer of its FLOPs and of launching its kernels, {KERNEL * 1e6:g} microseconds each; a "
+        f"picture {HOST * 1e3:g} ms\nof the CPU for PickScore; text encoders move at {BUS / 1e9:g} GB/s. Weights, "
+        f"adapter, optimizer, PickScore and latents under an\neighth of the memory stay on the GPU; {FREE:.0%} of it "
+        f"({args.memory * FREE:.1f} GB) are left free."
+    )
+
+
+# ---------------------------------------------------------------- model: the same calls, measured
+
+
+def timed(device, function):
+    """Seconds of a call, and its peak memory in GB (nan on a CPU). A call before pays for compiling and allocating."""
+    cuda = torch.device(device).type == "cuda"
+    function()
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     function()
-    if cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, torch.cuda.max_memory_allocated() / 1e9 if cuda else float("nan")
+    settle(device)
+    return time.perf_counter() - start, torch.cuda.max_memory_allocated() / 1e9 if cuda else math.nan
 
 
-def matrix_rate(device, dtype):
-    """FLOP/s of the best of several products of two square matrices."""
-    size, rounds = (8192, 20) if torch.device(device).type == "cuda" else (1024, 3)
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / min(timed(device, lambda: a @ b)[0] for _ in range(rounds))
-
-
-def on_meta(args, policy, dtype):
-    """A function that predicts one velocity (one image, one pass) on the meta device, and its transformer."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("meta"):
-            transformer = make_transformer(args.model, args.tiny).to(dtype).requires_grad_(False)
-            x, text = torch.empty(1, *policy.shape), [torch.empty(1, *shape) for shape in SIZES[args.model]["text"]]
-    finally:
-        torch.set_default_dtype(default)
-    pipe = SimpleNamespace(transformer=transformer, vae_scale_factor=8, config=SimpleNamespace(is_distilled=False))
-    for name in "_pack_latents _unpack_latents _prepare_latent_image_ids _prepare_text_ids _prepare_latent_ids".split():
-        setattr(pipe, name, getattr(policy.pipe, name, None))
-
-    def predict():
-        with torch.device("meta"):
-            return type(policy.family)(pipe).predict(x, torch.empty(1), text, 1.0)
-
-    return predict, x, transformer
-
-
-def count_flops(args, policy):
-    """FLOPs of one velocity evaluation (one image, one pass) forward, and forward with backward.
-
-    Without the adapter. Backward has no gradients of the frozen weights, so it is about one forward, not two.
-    """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    predict, x, _ = on_meta(args, policy, torch.float32)
-    x.requires_grad_()
-    with FlopCounterMode(display=False) as counter:
-        velocity = predict()
-    forward = counter.get_total_flops()
-    with FlopCounterMode(display=False) as counter, torch.device("meta"):
-        velocity.sum().backward()
-    return forward, forward + counter.get_total_flops()
-
-
-class FusedAttention(torch.autograd.Function):
-    """Stands for a fused kernel on the meta device: it keeps query, key, value and result, and no matrix of weights."""
-
-    @staticmethod
-    def forward(ctx, query, key, value):
-        out = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, out)
-        return out
-
-
-def count_kept(args, policy, dtype, checkpointing):
-    """Bytes that one velocity evaluation (one image, one pass) keeps for its backward, with the adapter in float32."""
-    from diffusers.training_utils import cast_training_params
-    from peft import LoraConfig
-
-    predict, _, transformer = on_meta(args, policy, dtype)
+def bench_model(args, options):
+    """Time and memory of each call at the true size with random weights, beside the plan's. Options as of grpo.py."""
+    own = script_args(grpo, args.model, options)
+    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
+    pipe = make_pipeline(args.model, args.device, dtype, args.tiny)
+    for weight in pipe.transformer.parameters():  # some are zero at first, and would hide errors of rounding
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.02)
+    policy = policy_of(own, pipe, args.device)
+    text = [torch.randn(3, *shape).to(args.device, dtype) for shape in SIZES[args.model]["text"]]
+    functions, logps = calls(policy, text)
     with torch.device("meta"):
-        rank = grpo.DEFAULTS[args.model]["lora_rank"]
-        transformer.add_adapter(LoraConfig(r=rank, target_modules=type(policy.family).targets))
-    cast_training_params(transformer, torch.float32)
-    if checkpointing:
-        transformer.enable_gradient_checkpointing()
-    weights, kept = {p.untyped_storage()._cdata for p in transformer.parameters()}, {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage  # also keeps it alive, so that no other gets its address
-        return tensor
-
-    def attention(query, key, value, *args, **options):
-        return FusedAttention.apply(query, key, value)
-
-    with (
-        mock.patch("torch.nn.functional.scaled_dot_product_attention", attention),
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-    ):
-        predict()
-    return sum(storage.nbytes() for storage in kept.values())
-
-
-def phases(policy, text, batches, steps, autocast):
-    """Functions that do some of a rollout, of training and of decoding, and a dict that they write results to."""
-    M, results = policy.micro_batch, {}
-    N = M * batches
-    sigmas, owner = policy.sigmas(steps), torch.arange(N, device=policy.store) % 2
-    s, generator = common.noise_scale(sigmas, "flow", 0.7), torch.Generator().manual_seed(0)
-    noise = [policy.noise(N, generator) for _ in range(steps)]
-    optimizer = torch.optim.AdamW(policy.parameters, 0.0)
-
-    def rollout():
-        with autocast():
-            results["way"] = grpo.rollout(policy, text, owner, noise, sigmas, s)
-
-    def train():
-        (x, x_next, old_logp, _), errors = results["way"], []
-        levels = sigmas[:-2], sigmas[1:-1], s
-        step, image = torch.cartesian_prod(torch.arange(steps - 1), torch.arange(N)).T.to(policy.store)
-        for mb_step, mb_image in zip(step.split(M), image.split(M)):
-            with autocast():
-                logp, _, _ = grpo.transition_logp(policy, text, owner, levels, x, x_next, mb_step, mb_image)
-            log_ratio = logp - old_logp[mb_step, mb_image]
-            log_ratio.exp().mean().backward()
-            errors.append(log_ratio.detach().abs().max())
-        optimizer.step()
-        optimizer.zero_grad()
-        results["ratio_error"] = torch.stack(errors).max().item()
-
-    def decode():
-        policy.decode(results["way"][-1])
-
-    return {"rollout": rollout, "train": train, "decode": decode}, results, N
-
-
-def measure(args, policy, text, flops, rate, autocast=nullcontext):
-    """Print the phases of a policy; returns velocity evaluations a second of rollout and training, images of decode."""
-    functions, results, images = phases(policy, text, args.batches, 3, autocast)
-    speed = {}
-    for name, function in functions.items():
-        policy.velocity_evals = 0
+        meta = policy_of(own, make_pipeline(args.model, "meta", dtype, args.tiny), "meta", compile=False)
+        meta_text = [torch.empty_like(rows, device="meta") for rows in text]
+    counts = count_calls(meta, meta_text)
+    stays = sum(w.numel() * w.element_size() for part in (pipe.transformer, pipe.vae) for w in part.parameters())
+    stays += sum(w.numel() * w.element_size() for w in policy.parameters)  # gradients
+    name = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
+    print(
+        f"{args.model} at {own.resolution} px, {own.micro_batch} latents a call, {dtype}, {name}, torch {torch.__version__}"
+    )
+    print(f"{'call':10s} {'seconds':>10s} {'TFLOP/s':>10s} {'GB':>8s} {'GB counted':>12s} {'kernels':>9s}")
+    for call, function in functions.items():
         seconds, peak = timed(args.device, function)
-        evals = policy.velocity_evals / 2  # the warm-up counts too
-        if name == "decode":
-            speed[name] = images / seconds
-            print(f"  {name:8s} {speed[name]:9.3f} images/s{'':29s} peak {peak:7.2f} GB")
-            continue
-        speed[name] = evals / seconds
-        # a backward counts as two evaluations, and its FLOPs are counted as they are
-        work = evals / 3 * flops[1] if name == "train" else evals * flops[0]
-        share = work / seconds / rate
-        print(f"  {name:8s} {speed[name]:9.3f} velocity evals/s  {share:6.1%} of matrix rate  peak {peak:7.2f} GB")
-    print(f"  largest |log ratio| before any update {results['ratio_error']:.1e}")
-    return speed
+        flops, kernels, extra = counts["checkpointed" if call == "train" and own.gradient_checkpointing else call]
+        counted = (stays + extra) / 1e9
+        print(f"{call:10s} {seconds:10.4f} {flops / seconds / 1e12:10.3f} {peak:8.2f} {counted:12.2f} {kernels:9d}")
+    error = (logps[-1] - logps[0]).abs().max().item()
+    print(f"largest |log ratio| before any update {error:.1e}")
 
 
-def script_evals(model):
-    """{script: (velocity evaluations of a rollout, of training, images)} of one iteration, by DEFAULTS.
-
-    GCPO is taken to train chunk_fraction of the transitions; updates after the first take one more forward for the
-    chunks' ratio.
-    """
-    passes = 1 if model == "flux" else 2  # guidance
-    d, chunk_fraction = grpo.DEFAULTS[model], gcpo.Args.chunk_fraction
-    N, T = d["prompts_per_iteration"] * d["group_size"], d["steps"]
-    counts = {"grpo.py": (N * T, 3 * N * (T - 1), N)}
-    d, updates = gcpo.DEFAULTS[model], gcpo.Args.updates_per_iteration
-    N, T = d["prompts_per_iteration"] * d["group_size"], d["steps"]
-    counts["gcpo.py"] = (N * T, chunk_fraction * N * (T - 1) * (3 + (updates - 1) / updates), N)
-    d = tempflow_grpo.DEFAULTS[model]
-    N, T, B = d["prompts_per_iteration"] * d["seeds_per_prompt"], d["steps"], d["branches"]
-    counts["tempflow_grpo.py"] = (N * (T - 1) + N * B * T * (T - 1) // 2, 3 * N * (T - 1), N * B * (T - 1))
-    return {script: (passes * r, passes * t, images) for script, (r, t, images) in counts.items()}
-
-
-def print_iterations(args, speed, repeated=1):
-    """Time of one iteration of each script by DEFAULTS, from the speeds measured; resolution and batch are args'."""
-    for script, (rollout, train, images) in script_evals(args.model).items():
-        if repeated > 1 and "tempflow" not in script:
-            continue
-        seconds = [rollout / speed["rollout"], repeated * train / speed["train"], images / speed["decode"]]
-        told = "  ".join(f"{n} {t:9.1f} s" for n, t in zip(("rollout", "train", "decode"), seconds))
-        print(f"  {script:17s} {sum(seconds):9.1f} s an iteration: {told}")
-
-
-def bench_branches(args, policy, text, branches=6):
-    """Training on the branches of a micro-batch of states: one velocity a state, or one a branch as in [TF]'s code."""
-    M = policy.micro_batch
-    sigmas, owner = policy.sigmas(3), torch.arange(M, device=policy.store) % 2
-    s, generator = common.noise_scale(sigmas, "flow", 0.7), torch.Generator().manual_seed(0)
-    x, x_next = policy.noise(M, generator)[None], policy.noise(M * branches, generator).unflatten(0, (1, M, branches))
-    x, x_next = x.expand(2, *x.shape[1:]), x_next.expand(2, *x_next.shape[1:])
-    image, step = torch.arange(M, device=policy.store), torch.zeros(M, dtype=torch.long, device=policy.store)
-
-    levels = sigmas[:-2], sigmas[1:-1], s
-
-    def shared():
-        tempflow_grpo.transition_logp(policy, text, owner, levels, x, x_next, step, image)[0].mean().backward()
-
-    def repeated():
-        for b in range(branches):
-            one = x_next[:, :, b]
-            grpo.transition_logp(policy, text, owner, levels, x, one, step, image)[0].mean().backward()
-
-    return {"states shared": timed(args.device, shared), "states repeated": timed(args.device, repeated)}
-
-
-def bench_chunk(args, policy, text):
-    """A chunk of CHUNK transitions of one image: one at a time, or in one graph as in GCPO's released code."""
-    sigmas, owner = policy.sigmas(CHUNK + 1), torch.zeros(1, dtype=torch.long, device=policy.store)
-    s, generator = common.noise_scale(sigmas, "flow", 0.7), torch.Generator().manual_seed(0)
-    x = torch.stack([policy.noise(1, generator) for _ in range(CHUNK + 1)])
-    step, M = torch.arange(CHUNK, device=policy.store), policy.micro_batch
-
-    def chunk(size):
-        policy.micro_batch = size
-        try:
-            for part in step.split(size):
-                levels, image = (sigmas[:-2], sigmas[1:-1], s), torch.zeros_like(part)
-                grpo.transition_logp(policy, text, owner, levels, x[:-1], x[1:], part, image)[0].mean().backward()
-        finally:
-            policy.micro_batch = M
-
-    return {f"{size} at a time": timed(args.device, lambda size=size: chunk(size)) for size in (1, CHUNK)}
-
-
-def bench_model(args):
-    """Velocity evaluations, share of the matrix rate and memory by phase; time of an iteration of each script."""
-    torch.manual_seed(0)
-    args.micro_batch = args.micro_batch or grpo.DEFAULTS[args.model]["micro_batch"]
-    dtype = common.DTYPES[args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")]
-    with torch.device("meta"):
-        billions = sum(p.numel() for p in make_transformer(args.model, args.tiny).parameters()) / 1e9
-    machine = (
-        torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
-    )
-    print(
-        f"{args.model} at {args.resolution} px, {billions:.3f} billion parameters, {machine}, torch {torch.__version__}"
-    )
-    rate = matrix_rate(args.device, dtype)
-    print(f"matrix product in {dtype}: {rate / 1e12:.2f} TFLOP/s")
-    policy = make_policy(args, dtype)
-    text, flops = make_text(args, policy), count_flops(args, policy)
-    print(f"one velocity evaluation: {flops[0] / 1e12:.4f} TFLOP forward, {flops[1] / 1e12:.4f} with backward")
-
-    passes = 2 if policy.guidance > 1 and policy.family.two_pass_guidance else 1
-    kept = [passes * args.micro_batch * count_kept(args, policy, dtype, on) / 1e9 for on in (False, True)]
-    weights = sum(p.numel() * p.element_size() for p in policy.transformer.parameters()) / 1e9
-    print(
-        f"by count: weights {weights:.2f} GB; a micro-batch keeps {kept[0]:.2f} GB for its backward, or "
-        f"{kept[1]:.2f} GB (and what one block needs) with --gradient-checkpointing"
-    )
-    own = {p.__name__: p.DEFAULTS[args.model]["resolution"] for p in (grpo, gcpo, tempflow_grpo)}
-    print(f"iterations are estimates from these speeds, at {args.resolution} px; the scripts' defaults are {own}")
-    print(f"weights in {dtype}, adapter in float32, {args.micro_batch} latents at a time")
-    speed = measure(args, policy, text, flops, rate)
-    print_iterations(args, speed)
-
-    print("branches of one state, 6 each")
-    for name, (seconds, peak) in bench_branches(args, policy, text).items():
-        print(f"  {name:16s} {seconds:9.3f} s  peak {peak:7.2f} GB")
-    print("with states repeated, as in TempFlow-GRPO's code")
-    print_iterations(args, speed, repeated=6)
-
-    print(f"a chunk of {CHUNK} transitions")
-    try:
-        for name, (seconds, peak) in bench_chunk(args, policy, text).items():
-            print(f"  {name:16s} {seconds:9.3f} s  peak {peak:7.2f} GB")
-    except torch.OutOfMemoryError:
-        print("  out of memory")
-
-    print("weights in float32 under autocast, as Flow-GRPO keeps them")
-    policy.transformer.to(torch.float32)
-    half = torch.bfloat16 if dtype == torch.float32 else dtype
-    policy.pipe.vae.to(dtype)
-    try:
-        autocast = lambda: torch.autocast(policy.device.type, half)  # noqa: E731
-        print_iterations(args, measure(args, policy, text, flops, rate, autocast))
-    except torch.OutOfMemoryError:
-        print("  out of memory")
+# ---------------------------------------------------------------- tempflow, curves
 
 
 def bench_tempflow(args):
@@ -534,16 +625,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
+    command = commands.add_parser("plan", help=bench_plan.__doc__)
+    command.set_defaults(function=bench_plan)
+    command.add_argument("--model", choices=list(SIZES), default="sd3")
+    command.add_argument("--memory", type=float, default=24, help="GB of the GPU")
+    command.add_argument("--tflops", type=float, default=65, help="what it computes in practice, not its data sheet's")
+
     command = commands.add_parser("model", help=bench_model.__doc__)
     command.set_defaults(function=bench_model)
     command.add_argument("--model", choices=list(SIZES), default="sd3")
-    command.add_argument("--resolution", type=int, default=512, help="pixels a side")
-    command.add_argument("--micro-batch", type=int, help="latents in one forward; default: as grpo.py")
-    command.add_argument("--batches", type=int, default=2, help="micro-batches a step, to measure")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    command.add_argument("--dtype", choices=list(common.DTYPES), help="default: bfloat16 on CUDA, float32 on a CPU")
-    command.add_argument("--gradient-checkpointing", action="store_true")
-    command.add_argument("--compile", action="store_true", help="torch.compile the transformer's blocks")
     command.add_argument("--tiny", action="store_true", help="one or two narrow layers, to try this out on a CPU")
 
     command = commands.add_parser("tempflow", help=bench_tempflow.__doc__)
@@ -558,8 +649,14 @@ def main():
     command.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
     command.add_argument("--plot", action="store_true", help="tables and figures from tests/curves; needs matplotlib")
 
-    args = parser.parse_args()
-    sys.exit(args.function(args))
+    args, options = parser.parse_known_args()
+    if args.function not in (bench_plan, bench_model):
+        parser.parse_args()  # refuses what is left
+        sys.exit(args.function(args))
+    try:
+        args.function(args, options)
+    except common.StopRun as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
