@@ -23,7 +23,7 @@ from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -186,10 +186,12 @@ def policy_of(args, pipe, device, **settings):
 
 
 class Meter(TorchDispatchMode):
-    """Counts FLOPs, kernels, and the bytes of all tensors that are made inside and live at a time.
+    """Counts FLOPs, kernels, and the bytes of all tensors that are made inside and live at a time, on the meta device.
 
     A kernel is an operation that is no view and no allocation. kept: tensors that are there already.
     """
+
+    seen = {}  # the layers of a network are alike, and to work out shapes takes long
 
     def __init__(self, kept=()):
         super().__init__()
@@ -197,19 +199,37 @@ class Meter(TorchDispatchMode):
         self.live = {tensor.untyped_storage()._cdata: 0 for tensor in kept}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        name = func.name()
-        self.kernels += not (func.is_view or name.startswith("aten::empty") or name == "aten::detach")
-        if func._overloadpacket in flop_registry:
-            self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
-        for tensor in tree_iter(out):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.live:
+        out, flops = self.run(func, args, kwargs or {})
+        self.flops += flops
+        self.kernels += not (
+            func.is_view or func.name().startswith(("aten::empty", "aten::_unsafe_view", "aten::detach"))
+        )
+        for tensor in (x for x in tree_leaves(out) if isinstance(x, torch.Tensor)):
+            if tensor.is_meta and tensor.untyped_storage()._cdata not in self.live:
                 storage = tensor.untyped_storage()
                 self.live[storage._cdata] = storage.nbytes()
                 self.bytes += storage.nbytes()
                 weakref.finalize(storage, self.free, storage._cdata)
         self.peak = max(self.peak, self.bytes)
         return out
+
+    def run(self, func, args, kwargs):
+        """What an operation returns, and its FLOPs."""
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return False, 0  # no padding, says Qwen3's attention, and takes the causal kernel
+        leaves = tree_leaves((args, kwargs))
+        shapes = [(*x.shape, *x.stride(), x.dtype, x.device) if isinstance(x, torch.Tensor) else x for x in leaves]
+        key = func, len(args), *kwargs, *shapes
+        if key in self.seen:
+            shape, stride, dtype, flops = self.seen[key]
+            return torch.empty_strided(shape, stride, dtype=dtype, device="meta"), flops
+        out, count = func(*args, **kwargs), flop_registry.get(func._overloadpacket)
+        flops = count(*args, **kwargs, out_val=out) if count else 0
+        if isinstance(out, torch.Tensor) and out.is_meta and not func._schema.is_mutable:
+            there = [x.untyped_storage()._cdata for x in leaves if isinstance(x, torch.Tensor)]
+            if out.untyped_storage()._cdata not in there:  # no view
+                self.seen[key] = out.shape, out.stride(), out.dtype, flops
+        return out, flops
 
     def free(self, key):
         self.bytes -= self.live.pop(key)
@@ -525,22 +545,21 @@ def bench_model(args, options):
 
 def bench_tempflow(args):
     """TempFlow-GRPO's rollout and training on the tiny model, ours against the released code's way, in one process."""
-    settings = common.parse_args(
-        tempflow_grpo.Args, tempflow_grpo.DEFAULTS, ["--model", "tiny", "--device", args.device]
-    )
-    policy = common.Policy(settings)
+    options = ["--model", "tiny", "--device", args.device]
+    settings = common.parse_args(tempflow_grpo.Args, tempflow_grpo.DEFAULTS, options)
     P, S, B = settings.prompts_per_iteration, settings.seeds_per_prompt, settings.branches
-    N, sigmas = P * S, policy.sigmas(settings.steps)
-    s = common.noise_scale(sigmas, settings.sde, settings.noise_level)
-    levels, steps, owner = (sigmas[:-2], sigmas[1:-1], s), list(range(len(s))), torch.arange(N) // S
+    N, sde, steps = P * S, settings.sde, list(range(settings.steps - 1))
+    policy = common.make_policy(settings, N * B)
+    M, sigmas = policy.micro_batch, policy.sigmas(settings.steps)
+    s = common.noise_scale(sigmas, sde, settings.noise_level)
+    levels, owner = (sigmas[:-2], sigmas[1:-1], s), torch.arange(N, device=policy.store) // S
     text = policy.encode(common.read_prompts(settings.prompts)[:P])
     generator = torch.Generator().manual_seed(0)
-    noise = [policy.noise(N, generator), *(policy.noise(N * B, generator).unflatten(0, (N, B)) for _ in steps)]
-    advantage = torch.randn(len(s), N, B, generator=generator).to(policy.device)
-    rollout = [policy, text, owner, noise, sigmas, s]
+    noise = [policy.noise(P, S, generator), *(policy.noise(P, S * B, generator).unflatten(0, (N, B)) for _ in steps)]
+    advantage = torch.randn(len(s), N, B, generator=generator).to(policy.store)
 
     def lockstep():
-        return tempflow_grpo.rollout(*rollout, steps)
+        return tempflow_grpo.rollout(policy, text, owner, noise, sigmas, s, sde, steps)
 
     def nested():
         """Each branching step by itself: the trunk once, then its branches to the end."""
@@ -548,7 +567,7 @@ def bench_tempflow(args):
         for k in steps:
             with torch.no_grad():
                 velocity = policy.velocity_in_micro_batches(trunk, sigmas[k], text, owner)
-                mean, std = common.sde_mean_std(trunk, velocity, sigmas[k], sigmas[k + 1], s[k])
+                mean, std = common.sde_mean_std(trunk, velocity, sigmas[k], sigmas[k + 1], s[k], sde)
                 branches = (mean[:, None] + std * noise[1 + k]).flatten(0, 1)
                 common.ode_sample(policy, branches, text, repeated, sigmas[k + 1 :])
                 trunk = trunk - (sigmas[k] - sigmas[k + 1]) * velocity
@@ -557,18 +576,18 @@ def bench_tempflow(args):
 
     def shared():
         step, seed = torch.cartesian_prod(torch.arange(len(s)), torch.arange(N)).T
-        for mb in torch.arange(len(step)).split(settings.micro_batch):
-            inputs = (text, owner, levels, x, x_next, step[mb], seed[mb])
+        for mb in torch.arange(len(step)).split(M):
+            inputs = (text, owner, levels, sde, x, x_next, step[mb], seed[mb])
             logp, _, _ = tempflow_grpo.transition_logp(policy, *inputs)
             (logp * advantage[step[mb], seed[mb]]).sum().backward()
 
     def repeated():
         step, seed, branch = torch.cartesian_prod(torch.arange(len(s)), torch.arange(N), torch.arange(B)).T
-        for mb in torch.arange(len(step)).split(settings.micro_batch):
+        for mb in torch.arange(len(step)).split(M):
             k, n, b = step[mb], seed[mb], branch[mb]
-            velocity = policy.velocity(x[k, n], sigmas[k], text, owner[n])
-            mean, std = common.sde_mean_std(x[k, n], velocity, sigmas[k], sigmas[k + 1], s[k])
-            (common.log_prob(x_next[k, n, b], mean, std) * advantage[k, n, b]).sum().backward()
+            inputs = (text, owner[n], levels, sde, x[:, n], x_next[:, n, b], k, torch.arange(len(mb)))
+            logp, _, _ = grpo.transition_logp(policy, *inputs)
+            (logp * advantage[k, n, b]).sum().backward()
 
     print(f"tiny model, {P} prompts x {S} seeds x {B} branches, {settings.steps} steps, on {args.device}")
     gradients = []
