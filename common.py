@@ -23,7 +23,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError
+from argparse import SUPPRESS, ArgumentParser
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import get_args
@@ -648,10 +648,9 @@ def gather(rows):
 
 
 def score(policy, reward, latents, prompts, at_once=64):
-    """Decode and score: reward(policy.decode(latents), prompts), but never with many more than at_once pictures.
+    """Decode and score N latents, about at_once at a time: TempFlow's 10,000 branches would be 32 GB of pictures.
 
-    Returns scores (N,) and {name: scores (N,)} of the parts, for N latents.
-    TempFlow-GRPO's 10,000 branches an iteration would be 32 GB of pictures at 512 px.
+    Returns scores (N,), and {name: scores (N,)} of the reward's parts.
     """
     size = -(-at_once // policy.micro_batch) * policy.micro_batch
     slices = [slice(start, start + size) for start in range(0, len(latents), size)]
@@ -668,27 +667,21 @@ class Evaluation:
         self.text = [rows.cpu() for rows in policy.encode(prompts)]
         self.prompts = [prompt for prompt in prompts for _ in range(args.eval_seeds)]
         if len(self.prompts) < PROCESSES:
-            raise StopRun(f"{len(self.prompts)} pictures of an evaluation are fewer than processes; raise --eval-seeds")
+            raise StopRun(
+                f"an evaluation of {len(self.prompts)} pictures is less than one a process; raise --eval-seeds"
+            )
 
     @torch.no_grad()
     def __call__(self, iteration, progress):
         """Returns the metrics of an evaluation, and writes samples/<iteration>.png and samples/compare.png."""
-        from diffusers.utils import make_image_grid
-        from PIL import Image
-
-        args, policy, samples = self.args, self.policy, Path(self.args.output) / "samples"
-        text, sigmas, evals = (
-            [rows.to(policy.device) for rows in self.text],
-            policy.sigmas(args.eval_steps),
-            policy.velocity_evals,
-        )
-        noise, rows = policy.noise(len(self.prompts), 1, generator(0, "evaluation", 0)), torch.arange(len(self.prompts))
-        hybrid = getattr(args, "eval_hybrid", 1.0)
-        batches = list(zip(noise.split(policy.micro_batch), share(rows // args.eval_seeds).split(policy.micro_batch)))
+        args, policy, count, evals = self.args, self.policy, len(self.prompts), self.policy.velocity_evals
+        text, sigmas = [rows.to(policy.device) for rows in self.text], policy.sigmas(args.eval_steps)
+        noise = policy.noise(count, 1, generator(0, "evaluation", 0)).split(policy.micro_batch)
+        owner = share(torch.arange(count) // args.eval_seeds).split(policy.micro_batch)
+        hybrid, latents = getattr(args, "eval_hybrid", 1.0), []
         with policy.averaged():
-            latents = [
-                ode_sample(policy, x, text, owner, sigmas, hybrid) for x, owner in progress(batches, "evaluation")
-            ]
+            for mb_noise, mb_owner in progress(list(zip(noise, owner)), "evaluation"):
+                latents.append(ode_sample(policy, mb_noise, text, mb_owner, sigmas, hybrid))
         policy.velocity_evals = evals  # evaluation is not part of the cost
         images, prompts = policy.decode(torch.cat(latents)).cpu(), share(self.prompts)
         scores, parts = self.reward(images, prompts)
@@ -696,24 +689,66 @@ class Evaluation:
             print(*self.reward.self_check(images, prompts, parts), sep="\n")
         if self.eval_reward:
             parts = parts | self.eval_reward(images, prompts)[1]
-        images, scores = gather(images), gather(scores)
-        shown = list(range(0, len(images), args.eval_seeds))[:16]  # the first prompts, whatever they look like
+        images, scores, parts = gather(images), gather(scores), {name: gather(part) for name, part in parts.items()}
+        shown = list(range(0, count, args.eval_seeds))[:16]  # the first prompts, whatever came out
         captions = [f"{scores[n]:.2f}  {self.prompts[n]}" for n in shown]
-        picture_grid(images[shown], captions, samples / f"{iteration}.png")
-        first = min(samples.glob("[0-9]*.png"), key=lambda path: int(path.stem))
-        before_and_after = [Image.open(first), Image.open(samples / f"{iteration}.png")]
-        make_image_grid(before_and_after, rows=1, cols=2).save(samples / "compare.png")
-        return {"eval_reward": scores.mean().item()} | {f"eval/{k}": gather(v).mean().item() for k, v in parts.items()}
+        save_pictures(images[shown], captions, Path(args.output, "samples"), iteration)
+        return {"eval_reward": scores.mean().item()} | {
+            f"eval/{name}": part.mean().item() for name, part in parts.items()
+        }
 
 
-def save_checkpoint(folder, policy, optimizer, counters):
+def save_pictures(images, captions, folder, iteration, size=192, columns=4):
+    """Save images (B, 3, H, W) in [0, 1] as a grid, enlarged without blur, and the first grid beside this one."""
+    from diffusers.image_processor import VaeImageProcessor
+    from diffusers.utils import make_image_grid
+    from PIL import Image, ImageDraw
+
+    tiles = [Image.new("RGB", (size + 8, size + 56), "white") for _ in range(len(images) + -len(images) % columns)]
+    pictures = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images.clamp(0, 1)))
+    for tile, picture, caption in zip(tiles, pictures, captions):
+        resample = Image.Resampling.NEAREST if picture.width < size else Image.Resampling.LANCZOS
+        tile.paste(picture.resize((size, size), resample), (4, 4))
+        ImageDraw.Draw(tile).text((4, size + 6), "\n".join(textwrap.wrap(caption, 30)[:3]), "black", font_size=13)
+    make_image_grid(tiles, len(tiles) // columns, columns).save(folder / f"{iteration}.png")
+    first = min(folder.glob("[0-9]*.png"), key=lambda path: int(path.stem))
+    both = [Image.open(path) for path in (first, folder / f"{iteration}.png")]
+    make_image_grid(both, rows=1, cols=2).save(folder / "compare.png")
+
+
+def plot(charts, x_label, path):
+    """Save {title: {label: [(x, y), ...]}} as line charts, one below the other."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 2.5 * len(charts)), layout="constrained")
+    for axes, (title, lines) in zip(figure.subplots(len(charts), squeeze=False)[:, 0], charts.items()):
+        for label, points in lines.items():
+            axes.plot(*zip(*points), marker=".", label=label)
+        axes.set(title=title, xlabel=x_label)
+        if len(lines) > 1:
+            axes.legend()
+    figure.savefig(path)
+
+
+def write_atomically(path, data):
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(folder, policy, optimizer, counters, lines):
     """checkpoint.pt and lora/, written aside and renamed, so that a crash never leaves half a file."""
     from safetensors import SafetensorError
 
-    ema = policy.ema.state_dict() if policy.ema else None
-    state = {"counters": counters, "lora": policy.lora(), "optimizer": optimizer.state_dict(), "ema": ema}
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
+    ema, buffer = policy.ema.state_dict() if policy.ema else None, io.BytesIO()
+    state = {"lora": policy.lora(), "optimizer": optimizer.state_dict(), "ema": ema}
+    torch.save(state | {"counters": counters, "lines": lines}, buffer)
     try:
         with policy.averaged():
             policy.save_lora(folder / "lora.tmp")
@@ -727,7 +762,7 @@ def save_checkpoint(folder, policy, optimizer, counters):
 
 
 def load_checkpoint(path, policy, optimizer):
-    """Put the state of save_checkpoint back; returns the counters. StopRun: the file is cut, or another model's."""
+    """Put back what save_checkpoint kept; returns counters and lines. StopRun: the file is cut, or another model's."""
     from peft import set_peft_model_state_dict
 
     try:
@@ -739,21 +774,17 @@ def load_checkpoint(path, policy, optimizer):
         if policy.ema:
             policy.ema.load_state_dict(state["ema"])
             policy.ema.to(policy.device)
-        return state["counters"]
+        return state["counters"], state["lines"]
     except Exception as error:  # what a cut or foreign file raises is of many kinds
         raise StopRun(f"{path} cannot be resumed from ({brief(error)}); start a new run")
 
 
 class Log:
-    """What each iteration was: metrics.jsonl, a line in the terminal, samples/progress.png, wandb if asked for.
+    """What each iteration was, in metrics.jsonl, the terminal, samples/progress.png and wandb. lines: those before."""
 
-    lines: those of the run that goes on, if it does.
-    """
-
-    def __init__(self, args, config, lines=()):
-        self.folder, self.wandb, self.lines = Path(args.output), None, list(lines)
-        text = "".join(json.dumps(line) + "\n" for line in self.lines)
-        write_atomically(self.folder / "metrics.jsonl", text.encode())
+    def __init__(self, args, config, lines):
+        self.folder, self.lines, self.wandb = Path(args.output), lines, None
+        write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
         if args.wandb:
             import wandb
 
@@ -761,22 +792,20 @@ class Log:
         print("iteration    reward  held out   clipped  gradient", flush=True)
 
     def write(self, metrics):
-        """One more iteration: flushed at once, with null for what is not finite, since JSON has no word for it."""
+        """One more iteration. What is not finite is null: JSON has no word for it."""
         metrics = json.loads(json.dumps(metrics), parse_constant=lambda _: None)
         self.lines.append(metrics)
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
         if self.wandb:
             self.wandb.log(metrics, step=metrics["iteration"])
-        clipped = metrics.get("clip_low", 0) + metrics.get("clip_high", 0)
-        row = [metrics.get("reward_mean"), metrics.get("eval_reward"), clipped, metrics.get("grad_norm")]
-        row = [f"{'' if value is None else f'{value:.4g}':>10}" for value in row]
-        tqdm.write(f"{metrics['iteration']:9d}{''.join(row)}")
+        clipped = metrics["clip_low"] + metrics["clip_high"] if metrics["iteration"] else None
+        row = metrics.get("reward_mean"), metrics.get("eval_reward"), clipped, metrics.get("grad_norm")
+        cells = ["" if value is None else f"{value:.4g}" for value in row]
+        tqdm.write(f"{metrics['iteration']:9d}" + "".join(f"{cell:>10}" for cell in cells))
         if "eval_reward" in metrics:
-            labels = {"reward_mean": "rollout (SDE)", "eval_reward": "evaluation (ODE)"}
-            curves = {
-                label: [(m["iteration"], m[key]) for m in self.lines if key in m] for key, label in labels.items()
-            }
+            names = {"reward_mean": "rollout (SDE)", "eval_reward": "evaluation (ODE)"}
+            curves = {names[key]: [(m["iteration"], m[key]) for m in self.lines if key in m] for key in names}
             plot({"reward": curves}, "iteration", self.folder / "samples" / "progress.png")
 
 
@@ -790,31 +819,41 @@ class Run:
     def __init__(self, args, policy, optimizer, reward, eval_reward):
         self.args, self.policy, self.optimizer, self.folder = args, policy, optimizer, Path(args.output)
         self.evaluate = Evaluation(args, policy, reward, eval_reward)
-        # as they were after the last complete iteration; -1: not even the base model has been evaluated
+        # of iteration 0 nothing is done yet, not even the evaluation of the base model
         self.counters = {"iteration": -1, "images": 0, "velocity_evals": 0, "skipped_updates": 0, "skipped_in_a_row": 0}
-        self.complete = True  # whether the weights are those after that iteration: not amid updates
-        self.skipped = self.skipped_in_a_row = self.signal = 0
-        self.hopeless, self.measured = False, {}
+        self.complete = True  # whether the weights are those after the last iteration: not amid updates
+        self.signal, self.hopeless, self.measured = 0, False, {}
 
     def __enter__(self):
-        config, lines = run_config(self.args), []
-        self.lock = lock_folder(self.folder)
-        if self.args.resume:
-            checkpoint = Path(self.args.resume, "checkpoint.pt")
-            if checkpoint.exists():
-                self.counters = load_checkpoint(checkpoint, self.policy, self.optimizer)
-            config, lines = resumed_files(self.args, config, self.counters["iteration"])
+        args, lines = self.args, []
+        try:
+            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.folder / ".lock", "w")
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise StopRun(
+                f"the run folder {self.folder} is not to be had ({error.strerror}): another process runs in it, "
+                "or it cannot be written; wait, or give another --output"
+            )
+        if args.resume and (checkpoint := Path(args.resume, "checkpoint.pt")).exists():
+            self.counters, lines = load_checkpoint(checkpoint, self.policy, self.optimizer)
             self.policy.velocity_evals = self.counters["velocity_evals"] if RANK == 0 else 0
-            self.skipped, self.skipped_in_a_row = self.counters["skipped_updates"], self.counters["skipped_in_a_row"]
+            done = self.counters["iteration"]
+            if args.iterations < done:
+                raise StopRun(f"--iterations {args.iterations} is less than the {done} that {args.resume} has done")
+            if done < args.iterations and done % args.eval_every:  # evaluated as the last one, which it is no more
+                lines[-1] = {name: value for name, value in lines[-1].items() if not name.startswith("eval")}
+        config = run_config(args)
         write_atomically(self.folder / "config.json", json.dumps(config, indent=1).encode())
-        self.log_file = Log(self.args, config, lines)
+        self.log_file = Log(args, config, lines)
+        self.done = dict(self.counters)  # as they were after the last complete iteration
         self.handlers = {n: signal.signal(n, self.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *error):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        if self.complete and self.counters["iteration"] > 0:
+        if self.complete and self.done["iteration"] > 0:
             self.save()
         self.lock.close()
 
@@ -825,21 +864,21 @@ class Run:
         tqdm.write("stopping after this iteration; the same signal again stops at once", file=sys.stderr)
 
     def save(self):
-        save_checkpoint(self.folder, self.policy, self.optimizer, self.counters)
+        save_checkpoint(self.folder, self.policy, self.optimizer, self.done, self.log_file.lines)
 
     def iterations(self):
         """The numbers of the iterations to run. Evaluates the base model first, saves when it is time to."""
-        if self.counters["iteration"] < 0:
-            self.finish_iteration({"iteration": 0})
-        first, last = self.counters["iteration"] + 1, self.args.iterations
+        if self.done["iteration"] < 0:
+            self.finish({"iteration": 0})
+        first, last = self.done["iteration"] + 1, self.args.iterations
         for iteration in self.progress(range(first, last + 1), "iterations", initial=first - 1, total=last, leave=True):
             if stop := max(everywhere(self.signal)):  # whichever process it was sent to
                 raise StopRun(f"stopped; go on with --resume {self.folder}", exit_status=128 + stop)
             yield iteration
             if self.hopeless:
                 raise StopRun(
-                    "loss or gradient were not finite in 5 updates in a row; lower --learning-rate or use another "
-                    f"--dtype; what was trained is saved in {self.folder}",
+                    "loss or gradient were not finite in 5 updates in a row; lower --learning-rate or use "
+                    f"another --dtype; what was trained is saved in {self.folder}",
                     exit_status=1,
                 )
             if iteration % self.args.save_every == 0:
@@ -855,11 +894,10 @@ class Run:
     @contextmanager
     def phase(self, name):
         """Measure a phase: its time, for the metrics as <name>_s, and on CUDA its peak memory."""
-        cuda = self.policy.device.type == "cuda"
+        self.complete = self.complete and name != "train"
+        cuda, start = self.policy.device.type == "cuda", time.perf_counter()
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        self.complete = self.complete and name != "train"
-        start = time.perf_counter()
         yield
         if cuda:
             torch.cuda.synchronize()
@@ -867,11 +905,11 @@ class Run:
         self.measured[f"{name}_s"] = round(time.perf_counter() - start, 3)
 
     def can_step(self, grad_norm):
-        """Whether an update may be made: a gradient that is not finite, nor is its loss, is skipped and counted."""
+        """Whether an update may be made. One whose gradient is not finite (nor is its loss) is left out and counted."""
         finite = math.isfinite(grad_norm)
-        self.skipped += not finite
-        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-        self.hopeless |= self.skipped_in_a_row >= 5
+        self.counters["skipped_updates"] += not finite
+        self.counters["skipped_in_a_row"] = 0 if finite else self.counters["skipped_in_a_row"] + 1
+        self.hopeless |= self.counters["skipped_in_a_row"] >= 5
         return finite
 
     def log(self, iteration, rewards, parts, zero_std_groups, stats, **more):
@@ -889,82 +927,42 @@ class Run:
         }
         if iteration == 1 and not metrics["ratio_first_error"] < 1e-4:  # also tells of nan
             print(
-                f"warning: the ratio is off 1 by {metrics['ratio_first_error']:.1e} before any update, so rollout and "
-                "training disagree and every ratio is wrong by as much; likely causes: --compile, --dtype float16, "
+                f"warning: the ratio is off 1 by {metrics['ratio_first_error']:.1e} before any update: rollout and "
+                "training disagree, and every ratio is wrong by as much; likely causes: --compile, --dtype float16, "
                 "dropout, an attention kernel that is not deterministic",
                 file=sys.stderr,
             )
-        self.finish_iteration(metrics)
+        self.finish(metrics)
 
-    def finish_iteration(self, metrics):
-        iteration = metrics["iteration"]
-        counters = self.counters | {
-            "iteration": iteration,
-            "velocity_evals": sum(everywhere(self.policy.velocity_evals)),
-        }
-        counters |= {"skipped_updates": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+    def finish(self, metrics):
+        """Evaluate if it is time to; then write the line, and the iteration is done."""
+        iteration, args = metrics["iteration"], self.args
+        self.counters |= {"iteration": iteration, "velocity_evals": sum(everywhere(self.policy.velocity_evals))}
         if iteration:
-            metrics |= {name: counters[name] for name in ("images", "velocity_evals", "skipped_updates")}
+            metrics |= {name: self.counters[name] for name in ("images", "velocity_evals", "skipped_updates")}
         try:
-            if iteration % self.args.eval_every == 0 or iteration == self.args.iterations:
+            if iteration % args.eval_every == 0 or iteration == args.iterations:
                 with self.phase("eval"):
                     metrics |= self.evaluate(iteration, self.progress)
         finally:  # where an evaluation fails, what was trained is kept all the same
-            measured = everywhere(self.measured)
-            metrics |= {name: max(one[name] for one in measured) for name in self.measured}  # of the slowest process
-            if peaks := [value for name, value in self.measured.items() if name.startswith("peak")]:
+            measured, self.measured = everywhere(self.measured), {}
+            metrics |= {name: max(one[name] for one in measured) for name in measured[0]}  # of the slowest process
+            if peaks := [value for name, value in metrics.items() if name.startswith("peak_memory_gb/")]:
                 metrics["peak_memory_gb"] = max(peaks)
-            self.measured = {}
             self.log_file.write(metrics)
-            self.counters, self.complete = counters, True
-
-
-def lock_folder(folder):
-    """Make the run folder, and keep other processes out of it: a file that is locked while it is open."""
-    try:
-        (folder / "samples").mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")
-    except OSError as error:
-        raise StopRun(f"the run folder {folder} cannot be written ({error.strerror}); give another --output")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise StopRun(f"another process runs in {folder}; wait for it or give another --output")
-    return lock
-
-
-def resumed_files(args, config, done):
-    """config.json and the lines of metrics.jsonl of a run that goes on after iteration `done`."""
-    if args.iterations < done:
-        raise StopRun(f"--iterations {args.iterations} is less than the {done} that {args.resume} has done; give more")
-    first, kept = json.loads(Path(args.resume, "config.json").read_text("utf-8")), []
-    for name, version in config["versions"].items():
-        if first["versions"].get(name) != version:
-            old = first["versions"].get(name)
-            print(f"warning: this run began with {name} {old}, its numbers may differ with {version}", file=sys.stderr)
-    now = {"iteration": max(done, 0)} | {name: config[name] for name in ("versions", "commit", "command")}
-    config = first | {"settings": config["settings"], "resumed": [*first.get("resumed", []), now]}
-    log = Path(args.resume, "metrics.jsonl")
-    for line in log.read_text("utf-8", "replace").splitlines() if log.exists() else []:
-        with suppress(ValueError, KeyError, TypeError):  # half a last line
-            line = json.loads(line)
-            if line["iteration"] <= done:
-                kept.append(line)
-    if kept and done < args.iterations and done % args.eval_every:  # was evaluated as the last, which it is no more
-        kept[-1] = {name: value for name, value in kept[-1].items() if not name.startswith("eval")}
-    return config, kept
+            self.done, self.complete = dict(self.counters), True
 
 
 def run_config(args):
-    """What config.json holds: every setting as used, versions, commit, command."""
+    """What config.json holds: every setting as used, versions, commit, command. A run that goes on keeps its own."""
     import diffusers
     import peft
     import transformers
 
-    git, commit = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"], None
+    git, commit = ["git", "-C", str(TINY), "rev-parse", "HEAD"], None
     with suppress(OSError):  # no git here
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    return {
+    config = {
         "script": Path(sys.argv[0]).stem,
         "settings": dataclasses.asdict(args) | {"resume": None},
         "prompts_sha256": prompts_hashes(args),
@@ -972,6 +970,12 @@ def run_config(args):
         "commit": commit,
         "command": " ".join(sys.argv),
     }
+    if args.resume:
+        before = json.loads(Path(args.resume, "config.json").read_text("utf-8"))
+        if before["versions"] != config["versions"]:
+            print(f"warning: this run began with {before['versions']}; its numbers may differ now", file=sys.stderr)
+        config = before | {"settings": config["settings"], "resumed": [*before.get("resumed", []), config["command"]]}
+    return config
 
 
 def print_ending(args, lines):
@@ -985,74 +989,19 @@ def print_ending(args, lines):
     print(f'pipe = diffusers.{class_name}.from_pretrained("{source}"); pipe.load_lora_weights("{args.output}/lora")')
 
 
-def write_atomically(path, data):
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def picture_grid(images, captions, path, size=192, columns=4):
-    """Save images (B, 3, H, W) in [0, 1] as a grid, small ones enlarged without blur, each with its caption."""
-    from diffusers.image_processor import VaeImageProcessor
-    from diffusers.utils import make_image_grid
-    from PIL import Image, ImageDraw
-
-    tiles = [Image.new("RGB", (size + 8, size + 56), "white") for _ in range(len(images) + -len(images) % columns)]
-    pictures = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images.clamp(0, 1)))
-    for tile, picture, caption in zip(tiles, pictures, captions):
-        resample = Image.Resampling.NEAREST if picture.width < size else Image.Resampling.LANCZOS
-        tile.paste(picture.resize((size, size), resample), (4, 4))
-        text = "\n".join(textwrap.wrap(caption, 30)[:3])
-        ImageDraw.Draw(tile).text((4, size + 6), text, "black", font_size=13)
-    make_image_grid(tiles, len(tiles) // columns, columns).save(path)
-
-
-def plot(charts, x_label, path):
-    """Save {title: {label: [(x, y), ...]}} as line charts, one below the other."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 2.5 * len(charts)), layout="constrained")
-    for axes, (title, lines) in zip(figure.subplots(len(charts), squeeze=False)[:, 0], charts.items()):
-        for label, points in lines.items():
-            axes.plot(*zip(*points), marker=".", label=label)
-        axes.set(title=title, xlabel=x_label)
-        if len(lines) > 1:
-            axes.legend()
-    figure.savefig(path)
-
-
 # ---------------------------------------------------------------- the command line
 
 
 def option(default, help, low=0, high=10**6, choices=None, group=None):
-    """A field of Args that is an option: numbers from low to high, or one of the choices; group begins a new one."""
+    """A field of Args that is an option: a number from low to high, or one of the choices. group: begins a new one."""
     return dataclasses.field(
-        default=default, metadata=dict(help=help, low=low, high=high, choices=choices, group=group)
+        default=default, metadata={"help": help, "range": (low, high), "choices": choices, "group": group}
     )
 
 
 class Parser(ArgumentParser):
     def error(self, message):
         raise StopRun(f"{message.removeprefix('argument ')}; see --help")
-
-
-def within(kind, low, high):
-    """A type for argparse: a number of that kind from low to high."""
-
-    def number(text):
-        value = kind(text)
-        if not low <= value <= high:  # refuses nan as well
-            raise ArgumentTypeError(f"{text} is out of range; give a number from {low} to {high}")
-        return value
-
-    number.__name__ = kind.__name__  # for "invalid int value"
-    return number
 
 
 def make_parser(args_class, defaults):
@@ -1063,15 +1012,13 @@ def make_parser(args_class, defaults):
         if told["group"]:
             group = parser.add_argument_group(told["group"])
         by_model = ", ".join(f"{values[name]} for {model}" for model, values in defaults.items() if name in values)
-        default = by_model or field.default
-        help = told["help"] + (f" (default: {default})" if default or (default == 0 and kind is not bool) else "")
-        if kind is bool:
-            how = {"action": "store_true"}
-        elif kind is str:
-            how = {"choices": told["choices"], "metavar": None if told["choices"] else "TEXT"}
-        else:
-            how = {"type": within(kind, told["low"], told["high"]), "metavar": "N" if kind is int else "X"}
-        group.add_argument("--" + name.replace("_", "-"), dest=name, help=help.replace("%", "%%"), **how)
+        default = by_model or (None if kind is bool else field.default)
+        how = {"type": kind, "choices": told["choices"], "metavar": None if told["choices"] else kind.__name__.upper()}
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            help=told["help"] + (f" (default: {default})" if default is not None else ""),
+            **({"action": "store_true"} if kind is bool else how),
+        )
     return parser
 
 
@@ -1082,69 +1029,68 @@ def parse_args(args_class, defaults, argv=None):
     are those of that run.
     """
     given = vars(make_parser(args_class, defaults).parse_args(argv))
+    for field in dataclasses.fields(args_class):
+        value, (low, high) = given.get(field.name), field.metadata["range"]
+        if isinstance(value, int | float) and not low <= value <= high:  # refuses nan as well
+            raise StopRun(
+                f"--{field.name.replace('_', '-')} {value} is out of range; give a number from {low} to {high}"
+            )
     args = resumed_args(args_class, given) if "resume" in given else args_class(**given)
     cuda = torch.cuda.is_available()
     if args.model is None:
         args.model = "stabilityai/stable-diffusion-3.5-medium" if args.prompts and cuda else "tiny"
         if args.prompts and not cuda:
-            print(
-                "no CUDA GPU here, so the bundled tiny model is trained: it can draw circles, squares and the like only"
-            )
+            print("no CUDA GPU here: training the bundled tiny model, which can draw a few coloured shapes and no more")
+    args.family, _, _ = find_family(args.model)
     args.device = args.device or ("cuda" if cuda else "cpu")
     try:
         torch.zeros(1, device=local_device(args.device)).item()
     except (RuntimeError, AssertionError) as error:
         raise StopRun(f"--device {local_device(args.device)} cannot be used here ({brief(error)}); give another")
-    args.prompts = args.prompts or (str(TINY / "prompts.txt") if args.model == "tiny" else None)
-    if args.prompts is None:
+    own_prompts = str(TINY / "prompts.txt")
+    if args.prompts is None and args.family != "tiny":
         raise StopRun("a model other than tiny needs prompts; give --prompts FILE, one prompt a line")
-    read_prompts(args.prompts)
-    args.family, _, _ = find_family(args.model)
-    if args.noise_level is None:
-        args.noise_level = {"dance": 0.3, "cps": 0.8}.get(args.sde)  # [DG], [CPS]; for flow it depends on the model
+    args.prompts = args.prompts or own_prompts
+    if args.prompts == own_prompts:
+        args.eval_prompts = args.eval_prompts or str(TINY / "eval_prompts.txt")
+    prompts_hashes(args)  # which reads them
+    args.noise_level = args.noise_level or {"dance": 0.3, "cps": 0.8}.get(args.sde)  # [DG], [CPS]; flow: by model
     for name, value in defaults[args.family].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") and args.family != "tiny" else "float32")
     args.reward = args.reward or ("shapes" if args.family == "tiny" else "pickscore")
-    if args.eval_prompts is None and args.prompts == str(TINY / "prompts.txt"):
-        args.eval_prompts = str(TINY / "eval_prompts.txt")
-    if args.eval_prompts:
-        read_prompts(args.eval_prompts)
     if args.wandb and not importlib.util.find_spec("wandb"):
         raise StopRun("--wandb needs a package that is not installed; pip install wandb")
-    if not args.output:
-        script, model = Path(sys.argv[0]).stem, Path(args.model).name
-        args.output = f"runs/{script}-{model}-{args.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(args.output)
+    script, model, now = Path(sys.argv[0]).stem, Path(args.model).name, time.strftime("%Y%m%d-%H%M%S")
+    folder = Path(args.output or f"runs/{script}-{model}-{args.seed}-{now}")
     if folder.exists() and not args.resume and (not folder.is_dir() or any(folder.iterdir())):
         raise StopRun(f"--output {folder} is in the way; give a new folder, or go on with --resume {folder}")
     if not os.access(next(path for path in (folder, *folder.absolute().parents) if path.exists()), os.W_OK | os.X_OK):
         raise StopRun(f"--output {folder} cannot be written; give another folder")
+    args.output = str(folder)
     return args
 
 
 def resumed_args(args_class, given):
     """The settings of the run in given["resume"]; only --iterations, --save-every and --wandb may stand beside it."""
-    folder = given.pop("resume")
-    for name in sorted(given.keys() - {"iterations", "save_every", "wandb"}):
+    folder, script = given.pop("resume"), Path(sys.argv[0]).stem
+    if others := sorted(given.keys() - {"iterations", "save_every", "wandb"}):
         raise StopRun(
-            f"--{name.replace('_', '-')} cannot stand beside --resume, which takes every setting from {folder}; leave "
-            "it out or start a new run"
+            f"--{others[0].replace('_', '-')} cannot stand beside --resume, which takes every setting from "
+            f"{folder}; leave it out or start a new run"
         )
     try:
         config = json.loads(Path(folder, "config.json").read_text("utf-8"))
-        script, hashes, _ = config["script"], dict(config["prompts_sha256"]), dict(config["versions"])
-        if script == Path(sys.argv[0]).stem and config["settings"].keys() != set(args_class.__dataclass_fields__):
-            raise ValueError(f"it is of another version, use commit {config.get('commit')}")
+        if config["script"] != script:
+            raise ValueError(f"a run of {config['script']}.py")
+        if config["settings"].keys() != args_class.__dataclass_fields__.keys() or not dict(config["versions"]):
+            raise ValueError(f"of another version of {script}.py, commit {config.get('commit')}")
         args = args_class(**config["settings"] | given | {"resume": folder, "output": folder})
+        changed = prompts_hashes(args) != config["prompts_sha256"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StopRun(f"--resume {folder} cannot be gone on with ({brief(error)}); give the folder of a run")
-    if script != Path(sys.argv[0]).stem:
-        raise StopRun(f"--resume {folder} is a run of {script}.py; go on with that script")
-    for name, digest in prompts_hashes(args).items():
-        if digest != hashes.get(name):
-            raise StopRun(f"{getattr(args, name)} has changed since {folder} began; restore it or start a new run")
+        raise StopRun(f"--resume {folder} is no run that {script}.py can go on with ({brief(error)}); start a new one")
+    if changed:
+        raise StopRun(f"--prompts or --eval-prompts have changed since {folder} began; restore them or start a new run")
     return args
 
 
@@ -1166,52 +1112,53 @@ def read_prompts(path):
 
 
 def prompts_hashes(args):
-    files = {name: getattr(args, name) for name in ("prompts", "eval_prompts")}
-    return {n: hashlib.sha256("\n".join(read_prompts(path)).encode()).hexdigest() for n, path in files.items() if path}
+    paths = [path for path in (args.prompts, args.eval_prompts) if path]
+    return [hashlib.sha256("\n".join(read_prompts(path)).encode()).hexdigest() for path in paths]
 
 
 def parse_sde_steps(args):
     """--sde-steps: the steps that may be random, and how many of them an iteration takes.
 
-    "0,1,2" are those three, "3" is three steps drawn in each iteration, "3," is step 3.
+    "early" is the first half of --steps, "0,1,2" are those three, "3" is three drawn in each iteration, "3," is step 3.
     """
-    every, spec = list(range(args.steps - 1)), args.sde_steps
+    spec, every = args.sde_steps, list(range(args.steps - 1))
+    if spec in ("all", "early"):
+        steps = every if spec == "all" else every[: args.steps // 2]
+        return steps, len(steps)
     with suppress(ValueError):
-        numbers = every if spec == "all" else [int(part) for part in spec.rstrip(",").split(",")]
-        if "," not in spec and spec != "all" and 1 <= numbers[0] <= len(every):
-            return every, numbers[0]
-        if (spec == "all" or "," in spec) and sorted(set(numbers)) == numbers and set(numbers) <= set(every):
+        numbers = [int(part) for part in spec.rstrip(",").split(",")]
+        if "," in spec and sorted(set(numbers)) == numbers and set(numbers) <= set(every):
             return numbers, len(numbers)
+        if "," not in spec and 1 <= numbers[0] <= len(every):
+            return every, numbers[0]
     raise StopRun(
-        f"--sde-steps {spec} is neither all, nor a rising list within 0 to {every[-1]} such as 0,1,2, nor how many are "
-        f"drawn, 1 to {len(every)}; the last of --steps {args.steps} is always the ODE's"
+        f"--sde-steps {spec} is neither all, early, nor a rising list within 0 to {every[-1]} such as 0,1,2, nor how "
+        f"many are drawn; step {args.steps - 1}, the last, is always the ODE's"
     )
 
 
 def split_batch(args, each, group=None, branches=1, usual=8):
-    """The batch arithmetic: each trajectories a prompt, which must divide into processes and updates.
+    """How many trajectories are this process's: each ones a prompt, which must divide into updates and processes.
 
-    group: how many are compared with each other, warned of under `usual`. branches: of each trajectory. Returns how
-    many trajectories are this process's.
+    group: how many are compared with each other, warned of under `usual`. branches: of each trajectory.
     """
-    P, U = args.prompts_per_iteration, args.updates_per_iteration
+    P, U, group = args.prompts_per_iteration, args.updates_per_iteration, group or each
     if P * each % U or (PROCESSES > 1 and P % (PROCESSES * U)):
-        parts = f"{U} updates" + (f" of {PROCESSES} processes by whole prompts" if PROCESSES > 1 else "")
         raise StopRun(
-            f"{P} prompts x {each} = {P * each} trajectories do not divide into {parts}; change "
-            "--updates-per-iteration or --prompts-per-iteration"
+            f"{P} prompts x {each} = {P * each} trajectories do not divide into {U} updates, or the prompts not "
+            f"into {PROCESSES} processes x {U}; change --prompts-per-iteration or --updates-per-iteration"
         )
     if P * each * branches > 10**6:
         raise StopRun(
             f"{P * each * branches} trajectories an iteration are more than 1,000,000; lower one of its factors"
         )
-    if (group or each) < usual:
-        print(f"warning: groups of {group or each} give noisy advantages; {usual} or more are usual", file=sys.stderr)
+    if group < usual:
+        print(f"warning: groups of {group} give noisy advantages; {usual} or more are usual", file=sys.stderr)
     return P * each // PROCESSES
 
 
 def load_rewards(args, get_reward):
-    """args.reward and args.eval_reward (or None), loaded, after checking that both can read every prompt."""
+    """args.reward and args.eval_reward (or None), after checking that both can read every prompt."""
     options = local_device(args.device), args.reward_offload
     rewards = [get_reward(spec, *options) if spec else None for spec in (args.reward, args.eval_reward)]
     for reward in filter(None, rewards):
@@ -1219,23 +1166,21 @@ def load_rewards(args, get_reward):
     return rewards
 
 
-def print_plan(args, count, sigmas, s, chosen, weight=None, branches=0):
+def print_plan(args, count, sigmas, s, chosen, weight=None, branches=1):
     """The batch arithmetic in a line, and a table of the steps. chosen: those that may be random; weight: (T - 1,)."""
-    P, U, many = args.prompts_per_iteration, args.updates_per_iteration, count * PROCESSES
-    branching = f" with {branches} branches a step" if branches else ""
+    P, U, count = args.prompts_per_iteration, args.updates_per_iteration, count * PROCESSES
     print(
-        f"{args.iterations} iterations of {P} prompts x {many // P} = {many} trajectories{branching}; {U} updates of "
-        f"{many // U} trajectories; {args.micro_batch} latents at a time"
+        f"{args.iterations} iterations of {P} prompts x {count // P} = {count} trajectories x {branches} branches; {U} "
+        f"updates of {count // U} trajectories; {args.micro_batch} latents at a time"
     )
     print("step   sigma   Delta       s     std  weight")
-    for n in range(len(s) + 1):
-        delta = sigmas[n] - sigmas[n + 1]
-        row = f"{n:4d}  {sigmas[n]:6.4f}  {delta:6.4f}  "
-        if n in chosen:
-            loss_weight = 1.0 if weight is None else weight[n]
-            print(f"{row}{s[n]:6.4f}  {s[n] * delta.sqrt():6.4f}  {loss_weight:6.4f}")
-        else:
-            print(f"{row}ODE step, not trained", flush=True)
+    for n, delta in enumerate(-sigmas.diff()):
+        random = (
+            f"{s[n]:6.4f}  {s[n] * delta.sqrt():6.4f}  {1 if weight is None else weight[n]:6.4f}"
+            if n in chosen
+            else "ODE"
+        )
+        print(f"{n:4d}  {sigmas[n]:6.4f}  {delta:6.4f}  {random}", flush=True)
 
 
 def run_script(main, args_class, defaults):
@@ -1245,17 +1190,11 @@ def run_script(main, args_class, defaults):
         join_processes(args)
         main(args)
     except Exception as error:
-        message, status = brief(error), getattr(error, "exit_status", 1)  # rewards' errors have one too
-        if isinstance(error, torch.OutOfMemoryError):
-            used = torch.cuda.max_memory_allocated() / 1e9
-            message = (
-                f"out of GPU memory, {used:.1f} GB were in use; lower --micro-batch or set --gradient-checkpointing"
-            )
-        elif isinstance(error, MemoryError) or "DefaultCPUAllocator" in message:
-            message = "out of memory; lower --micro-batch or the size of the batch, see --resume"
+        message, status = str(error), getattr(error, "exit_status", 1)  # rewards' errors have one too
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in message:
+            message = "out of memory; lower --micro-batch or set --gradient-checkpointing, then go on with --resume"
         elif isinstance(error, OSError):
-            where = f": {error.filename}" if error.filename else ""
-            message = f"{error.strerror or error}{where}; the last checkpoint stands, see --resume"
+            message = f"{error.strerror or error}: {error.filename or ''}; the last checkpoint stands, see --resume"
         elif not hasattr(error, "exit_status"):
             raise
         if RANK == 0 or status == 1:  # what stops one process alone is told by that one

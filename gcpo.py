@@ -34,7 +34,9 @@ class Args:
     updates_per_iteration: int = option(2, "U, optimizer steps a rollout, each on its share of the images", low=1)
     micro_batch: int | None = option(None, "M, latents in one forward: time for memory, nothing else", low=1)
     steps: int | None = option(None, "T, sampling steps", low=2, high=1000, group="rollout")
-    sde_steps: str | None = option(None, "which are random and trained: all, a list 0,1,2, or how many are drawn")
+    sde_steps: str | None = option(
+        None, "which are random: all, early (the first half), a list 0,1,2, or how many are drawn"
+    )
     sde: str = option("flow", "the random step: Flow-GRPO's, DanceGRPO's, Flow-CPS's", choices=("flow", "dance", "cps"))
     noise_level: float | None = option(
         None, "a or eta of --sde; 0.3 for dance, 0.8 for cps, for flow", low=1e-6, high=10
@@ -77,30 +79,30 @@ class Args:
     wandb: str | None = option(None, "project to log to as well; needs the package wandb")
 
 
-# Settings that depend on the model: [FG]'s for SD3; for tiny what tuning found (README.md). micro_batch: as many as
-# fit in training without --gradient-checkpointing, by count (tests/bench.py): SD3 and FLUX.2 in 24 GB.
+# Settings that depend on the model, as in grpo.py; steps, noise, clip range and evaluation of FLUX.1 are from [GC], with
+# a LoRA as [DG] has it. [GC] trains half of the chunks; tiny trains all of its few.
 DEFAULTS = {
     "tiny": dict(
-        iterations=80, prompts_per_iteration=8, group_size=12,
-        micro_batch=48, steps=10, sde_steps="all", guidance=1.0, resolution=32, noise_level=0.7,
-        learning_rate=2e-3, clip_range=1e-3, ema_decay=0.0, lora_rank=16, lora_alpha=32.0,
-        chunks="adaptive", chunk_fraction=0.5, eval_every=10, eval_steps=10, eval_seeds=4,
+        iterations=120, prompts_per_iteration=8, group_size=12, micro_batch=48,
+        steps=10, sde_steps="early", guidance=1.0, resolution=32, noise_level=0.7,
+        learning_rate=1e-3, clip_range=1e-3, ema_decay=0.9, lora_rank=16, lora_alpha=32.0,
+        chunks="2,3", chunk_fraction=1.0, eval_every=10, eval_steps=10, eval_seeds=4,
     ),
     "sd3": dict(
-        iterations=1000, prompts_per_iteration=48, group_size=24,
-        micro_batch=2, steps=10, sde_steps="all", guidance=4.5, resolution=512, noise_level=0.7,
+        iterations=210, prompts_per_iteration=16, group_size=16, micro_batch=3,
+        steps=10, sde_steps="early", guidance=1.0, resolution=512, noise_level=0.7,
         learning_rate=3e-4, clip_range=1e-4, ema_decay=0.9, lora_rank=32, lora_alpha=64.0,
         chunks="adaptive", chunk_fraction=0.5, eval_every=30, eval_steps=40, eval_seeds=1,
     ),
-    "flux": dict(  # [GC]'s for FLUX.1-dev, which has --shared-noise and trains all weights; LoRA as [DG]
-        iterations=150, prompts_per_iteration=24, group_size=12,
-        micro_batch=1, steps=17, sde_steps="all", guidance=3.5, resolution=720, noise_level=0.7,
+    "flux": dict(
+        iterations=150, prompts_per_iteration=12, group_size=12, micro_batch=2,
+        steps=17, sde_steps="early", guidance=3.5, resolution=512, noise_level=0.7,
         learning_rate=3e-4, clip_range=5e-5, ema_decay=0.0, lora_rank=128, lora_alpha=256.0,
         chunks="adaptive", chunk_fraction=0.5, eval_every=30, eval_steps=50, eval_seeds=1,
     ),
-    "flux2": dict(  # in no paper: as SD3, with the pipeline's own guidance and evaluation steps
-        iterations=1000, prompts_per_iteration=48, group_size=24,
-        micro_batch=1, steps=10, sde_steps="all", guidance=4.0, resolution=512, noise_level=0.7,
+    "flux2": dict(
+        iterations=120, prompts_per_iteration=8, group_size=12, micro_batch=1,
+        steps=10, sde_steps="early", guidance=1.0, resolution=512, noise_level=0.7,
         learning_rate=3e-4, clip_range=1e-4, ema_decay=0.9, lora_rank=32, lora_alpha=64.0,
         chunks="adaptive", chunk_fraction=0.5, eval_every=30, eval_steps=50, eval_seeds=1,
     ),

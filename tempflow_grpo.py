@@ -38,7 +38,9 @@ class Args:
     updates_per_iteration: int = option(2, "U, optimizer steps a rollout, each on its share of the images", low=1)
     micro_batch: int | None = option(None, "M, latents in one forward: time for memory, nothing else", low=1)
     steps: int | None = option(None, "T, sampling steps", low=2, high=1000, group="rollout")
-    sde_steps: str | None = option(None, "where branches leave: all, a list 0,1,2, or how many are drawn")
+    sde_steps: str | None = option(
+        None, "where branches leave: all, early (the first half), a list 0,1,2, or how many drawn"
+    )
     sde: str = option("flow", "the random step: Flow-GRPO's, DanceGRPO's, Flow-CPS's", choices=("flow", "dance", "cps"))
     noise_level: float | None = option(
         None, "a or eta of --sde; 0.3 for dance, 0.8 for cps, for flow", low=1e-6, high=10
@@ -74,30 +76,30 @@ class Args:
     wandb: str | None = option(None, "project to log to as well; needs the package wandb")
 
 
-# Settings that depend on the model: [FG]'s for SD3; for tiny what tuning found (README.md). micro_batch: as many as
-# fit in training without --gradient-checkpointing, by count (tests/bench.py): SD3 and FLUX.2 in 24 GB.
+# Settings that depend on the model, as in grpo.py: here [TF]'s. Branches leave at few early steps of the large models,
+# as each costs the rest of the way. [TF] has 4 seeds x 6 branches.
 DEFAULTS = {
     "tiny": dict(
-        iterations=60, prompts_per_iteration=4, seeds_per_prompt=2, branches=6,
-        micro_batch=48, steps=10, sde_steps="all", guidance=1.0, resolution=32, noise_level=0.7,
-        learning_rate=1e-3, clip_range=3e-4, ema_decay=0.0, lora_rank=16, lora_alpha=32.0,
+        iterations=200, prompts_per_iteration=4, seeds_per_prompt=2, branches=6, micro_batch=48,
+        steps=10, sde_steps="all", guidance=1.0, resolution=32, noise_level=0.7,
+        learning_rate=1e-3, clip_range=3e-4, ema_decay=0.9, lora_rank=16, lora_alpha=32.0,
         eval_every=10, eval_steps=10, eval_seeds=4,
     ),
     "sd3": dict(
-        iterations=1000, prompts_per_iteration=48, seeds_per_prompt=4, branches=6,
-        micro_batch=2, steps=10, sde_steps="all", guidance=4.5, resolution=512, noise_level=0.7,
+        iterations=180, prompts_per_iteration=16, seeds_per_prompt=1, branches=12, micro_batch=3,
+        steps=10, sde_steps="0,1,2", guidance=1.0, resolution=512, noise_level=0.7,
         learning_rate=3e-4, clip_range=1e-4, ema_decay=0.9, lora_rank=32, lora_alpha=64.0,
         eval_every=30, eval_steps=40, eval_seeds=1,
     ),
-    "flux": dict(  # [TF]'s for FLUX.1-dev, and where it tells none, those for SD3
-        iterations=1000, prompts_per_iteration=48, seeds_per_prompt=4, branches=6,
-        micro_batch=1, steps=10, sde_steps="all", guidance=3.5, resolution=1024, noise_level=0.9,
+    "flux": dict(
+        iterations=150, prompts_per_iteration=16, seeds_per_prompt=1, branches=12, micro_batch=2,
+        steps=10, sde_steps="0,1,2", guidance=3.5, resolution=512, noise_level=0.9,
         learning_rate=3e-4, clip_range=1e-4, ema_decay=0.9, lora_rank=32, lora_alpha=64.0,
         eval_every=30, eval_steps=40, eval_seeds=1,
     ),
-    "flux2": dict(  # in no paper: as SD3, with the pipeline's own guidance and evaluation steps
-        iterations=1000, prompts_per_iteration=48, seeds_per_prompt=4, branches=6,
-        micro_batch=1, steps=10, sde_steps="all", guidance=4.0, resolution=512, noise_level=0.7,
+    "flux2": dict(
+        iterations=120, prompts_per_iteration=8, seeds_per_prompt=1, branches=12, micro_batch=1,
+        steps=10, sde_steps="0,1", guidance=1.0, resolution=512, noise_level=0.7,
         learning_rate=3e-4, clip_range=1e-4, ema_decay=0.9, lora_rank=32, lora_alpha=64.0,
         eval_every=30, eval_steps=50, eval_seeds=1,
     ),
