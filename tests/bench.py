@@ -19,6 +19,8 @@ import time
 import weakref
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 from unittest import mock
 
 import torch
@@ -191,7 +193,7 @@ class Meter(TorchDispatchMode):
     A kernel is an operation that is no view and no allocation. kept: tensors that are there already.
     """
 
-    seen = {}  # the layers of a network are alike, and to work out shapes takes long
+    seen: ClassVar[dict] = {}  # the layers of a network are alike, and to work out shapes takes long
 
     def __init__(self, kept=()):
         super().__init__()
@@ -273,8 +275,9 @@ def calls(policy, text):
             logps.append(logp())
 
     def train():
-        logps.append(logp())
-        logps[-1].sum().backward()
+        value = logp()
+        value.sum().backward()
+        logps.append(value.detach())
 
     return {"rollout": rollout, "train": train, "decode": lambda: policy.decode(x)}, logps
 
@@ -283,22 +286,19 @@ def calls(policy, text):
 KERNEL = 5e-6  # seconds to launch a kernel
 HOST = 0.02  # seconds to bring a picture of 512 x 512 to the CPU and to make it ready for the reward
 BUS = 10e9  # bytes a second between the CPU's memory and the GPU's
-FREE = 0.08  # share of the memory that is left to CUDA's context, the libraries' workspaces and gaps
+FREE = 0.05  # share of the memory that is left over; a card of "24 GB" has 24 GiB, 7% more, for what CUDA itself takes
 SCORED = 16  # pictures that PickScore takes at once
+ENCODED = 8  # prompts that Policy.encode takes at once
 HELD = 64  # pictures that common.score holds at a time
-
-
-def as_option(name):
-    return "--" + name.replace("_", "-")
 
 
 def script_args(module, model, options):
     """The settings of a script by its own command line, for a model that need not be there."""
-    fields = {script: {as_option(field.name) for field in dataclasses.fields(script.Args)} for script in SCRIPTS}
+    fields = {script: {field.name for field in dataclasses.fields(script.Args)} for script in SCRIPTS}
     line, own = [], True
     for word in options:
         if word.startswith("--"):  # what only another script has is left out, and its value with it
-            name = word.split("=")[0]
+            name = word[2:].split("=")[0].replace("-", "_")
             own = name in fields[module] or not any(name in names for names in fields.values())
         line += [word] if own else []
     with tempfile.TemporaryDirectory() as folder:
@@ -308,16 +308,25 @@ def script_args(module, model, options):
 
 
 def work(module, args):
-    """What an iteration does, on average: {"rollout": sizes of batches, "train": ...} and how many images it scores.
+    """What an iteration does, on average: a namespace of counts.
 
-    A batch is taken a micro-batch at a time. rollout: forward only, wherever that is done; train: with backward. Where
-    chance decides, as which chunks gcpo.py draws, this is the mean. Adaptive chunks are taken to be as few as
-    --chunk-max allows.
+    rollout, train: sizes of the batches of latents that take a forward, or a forward and a backward, each taken a
+    micro-batch at a time; evaluations: of the velocity, as a run counts them, for one pass of the network; images: that
+    are scored; trajectories: as common.make_policy counts them; latents: that are kept. Where chance decides, as which
+    chunks gcpo.py draws, it is the mean. Adaptive chunks are taken to be as few as --chunk-max allows.
     """
-    U, T = args.updates_per_iteration, args.steps
+    P, U, T = args.prompts_per_iteration, args.updates_per_iteration, args.steps
     steps, drawn = common.parse_sde_steps(args)
-    N = images = args.prompts_per_iteration * getattr(args, "group_size", getattr(args, "seeds_per_prompt", None))
-    forward, train = [N] * T, [Fraction(drawn * N, U)] * U
+    if module is tempflow_grpo:
+        N, B = P * args.seeds_per_prompt, args.branches
+        before = [sum(step < now for step in steps) for now in range(T)]
+        trunk = [1 - Fraction(math.comb(n, drawn), math.comb(len(steps), drawn)) for n in before]  # still has branches
+        forward = [N * (alive + B * Fraction(n * drawn, len(steps))) for n, alive in zip(before, trunk)]
+        images, trajectories, latents = N * B * drawn, N * B, N * (1 + drawn + 3 * B * drawn)
+    else:
+        N = images = trajectories = P * args.group_size
+        forward, latents = [N] * T, N * (T + 2 * drawn)
+    train = [Fraction(drawn * N, U)] * U
     if module is gcpo:
         few = -(-drawn // args.chunk_max)
         sizes = gcpo.parse_chunks(args, steps, drawn) or [drawn // few + (n < drawn % few) for n in range(few)]
@@ -325,20 +334,11 @@ def work(module, args):
         train = [share * rows for rows in train]
         # later updates need the log-probs of the whole chunk as they are now
         forward += [share * sum(size for size in sizes if size > 1) * N / U] * (U - 1)
-    if module is tempflow_grpo:
-        images = N * args.branches * drawn
-        before = [sum(step < now for step in steps) for now in range(T)]
-        trunk = [1 - Fraction(math.comb(n, drawn), math.comb(len(steps), drawn)) for n in before]  # is still needed
-        forward = [N * (alive + args.branches * Fraction(n * drawn, len(steps))) for n, alive in zip(before, trunk)]
-    if args.kl_coef > 0:  # the reference
-        forward += train
-    return {"rollout": forward, "train": train}, images
-
-
-def evaluations(module, args, passes):
-    """Velocity evaluations of an iteration as a run counts them. passes: of the network for one velocity, 1 or 2."""
-    batches, _ = work(module, args)
-    return float(passes * (sum(batches["rollout"]) + 3 * sum(batches["train"])))
+    forward += train if args.kl_coef > 0 else []  # the reference
+    return SimpleNamespace(
+        rollout=forward, train=train, evaluations=float(sum(forward) + 3 * sum(train)), images=images,
+        trajectories=trajectories, latents=latents,
+    )  # fmt: skip
 
 
 def count_calls(policy, text):
@@ -377,7 +377,7 @@ def count_model(model, args):
     encoders = torch.nn.ModuleList(policy.encoders)
     with torch.no_grad():
         fixed = {
-            "encode": count(lambda: policy.family.encode([""] * 8), [encoders]),
+            "encode": count(lambda: policy.family.encode([""] * ENCODED), [encoders]),
             "score": count(lambda: [clip.get_image_features(pixels), clip.get_text_features(tokens)], [clip, pixels]),
         }
 
@@ -393,103 +393,94 @@ def count_model(model, args):
     return cost, weights, policy.shape, passes
 
 
-def plan(module, model, args, memory, tflops, counted=None):
-    """{what: number} of a script's run on a GPU of `memory` bytes that computes `tflops` FLOPs a second."""
-    cost, weights, shape, passes = counted or count_model(model, args)
-    batches, images = work(module, args)
-    trajectories = images if module is tempflow_grpo else args.prompts_per_iteration * args.group_size
-    M = min(args.micro_batch, trajectories)
-    train = "checkpointed" if args.gradient_checkpointing else "train"
+def plan(module, args, memory, tflops, counted):
+    """{what: number} of a script's run on a GPU with `memory` bytes that computes `tflops` FLOPs a second.
+
+    counted: what count_model returns.
+    """
+    cost, weights, shape, passes = counted
+    does = work(module, args)
+    M, train = min(args.micro_batch, does.trajectories), "checkpointed" if args.gradient_checkpointing else "train"
 
     def seconds(call, sizes, rows=M):
-        """Of calls that take batches of these sizes, `rows` at a time: a full call even for the last few."""
+        """Of batches of these sizes, taken `rows` at a time: the last, smaller one takes as long."""
         flops, kernels, _ = cost(call, rows)
-        return sum(math.ceil(size / rows) for size in sizes) * max(flops / tflops, KERNEL * kernels)
+        return float(sum(math.ceil(size / rows) for size in sizes) * max(flops / tflops, KERNEL * kernels))
 
-    host = HOST * (args.resolution / 512) ** 2
-    texts = args.prompts_per_iteration + 1
-    time = {
-        "rollout": seconds("rollout", batches["rollout"]),
-        "training": seconds(train, batches["train"]),
-        "decoding": seconds("decode", [images]),
-        "scoring": seconds("score", [images], SCORED) + host * images,
-        "encoding": seconds("encode", [texts], 8) + 2 * weights["encoders"] / BUS,
-    }
+    def scoring(count):
+        return seconds("score", [count], SCORED) + HOST * (args.resolution / 512) ** 2 * count
+
     shown = 64 * args.eval_seeds  # pictures of an evaluation
-    evaluation = seconds("rollout", [shown] * args.eval_steps) + seconds("decode", [shown])
-    evaluation += seconds("score", [shown], SCORED) + host * shown
-    iteration, count = sum(time.values()), 1 + math.ceil(args.iterations / args.eval_every)
-    flops = {
-        call: sum(sizes) * cost(call, M)[0] / M
-        for call, sizes in {"rollout": batches["rollout"], train: batches["train"], "decode": [images]}.items()
+    evaluation = seconds("rollout", [shown] * args.eval_steps) + seconds("decode", [shown]) + scoring(shown)
+    time = {
+        "rollout": seconds("rollout", does.rollout),
+        "training": seconds(train, does.train),
+        "decoding": seconds("decode", [does.images]),
+        "scoring": scoring(does.images),
+        "encoding": seconds("encode", [args.prompts_per_iteration + 1], ENCODED) + 2 * weights["encoders"] / BUS,
     }
-    flops["score"] = images / SCORED * cost("score", SCORED)[0]
+    hours = args.iterations * sum(time.values()) + (1 + math.ceil(args.iterations / args.eval_every)) * evaluation
+    flops = {"rollout": sum(does.rollout), train: sum(does.train), "decode": does.images}
+    flops = (
+        sum(rows * cost(call, M)[0] / M for call, rows in flops.items()) + does.images * cost("score", 1)[0] / SCORED
+    )
 
-    latents = 3 * args.steps * trajectories * math.prod(shape) * 4
+    large = 8 * 3 * args.steps * does.trajectories * math.prod(shape) * 4 > memory  # as Policy has it
     stays = weights["transformer"] + weights["vae"] + weights["adapter"] * (3 + (args.ema_decay > 0))  # gradient, AdamW
-    stays += 0 if args.reward_offload else weights["reward"]
-    stays += latents if 8 * latents <= memory else 0
-    pictures = 2 * min(HELD, images) * 3 * args.resolution**2 * 4  # while they are put together
-    extra = {
-        "rollout": cost("rollout", M)[2],
-        "training": cost(train, M)[2] + (cost("rollout", M)[2] if args.kl_coef > 0 else 0),
-        "decoding": cost("decode", M)[2] + pictures,
-        "scoring": cost("score", SCORED)[2] + pictures + (weights["reward"] if args.reward_offload else 0),
-        "encoding": cost("encode", 8)[2] + weights["encoders"],
-    }
-    room = (1 - FREE) * memory - stays
-    fits = {}
-    for call in ("train", "checkpointed"):
-        one, two = (max(cost(call, rows)[2], cost("decode", rows)[2] + pictures) for rows in (1, 2))
-        fits[call] = max(0, int((room - one) / (two - one) + 1))
+    stays += (0 if args.reward_offload else weights["reward"]) + (0 if large else 4 * math.prod(shape) * does.latents)
+    pictures = 2 * min(HELD, does.images) * 3 * args.resolution**2 * 4  # two, while they are put together
+
+    def peaks(rows, train):
+        """Bytes in each phase, with so many latents a call."""
+        reference = cost("rollout", rows)[2] if args.kl_coef > 0 else 0
+        return {
+            "rollout": stays + cost("rollout", rows)[2],
+            "training": stays + cost(train, rows)[2] + reference,
+            "decoding": stays + cost("decode", rows)[2] + pictures,
+            "scoring": stays + cost("score", 1)[2] + pictures + args.reward_offload * weights["reward"],
+            "encoding": stays + cost("encode", 1)[2] + weights["encoders"],
+        }
+
+    def largest(train):
+        """The most latents a call, by the two phases that grow with them."""
+        one, two = (max(peaks(rows, train)[phase] for phase in ("training", "decoding")) for rows in (1, 2))
+        return max(0, int(((1 - FREE) * memory - one) / (two - one) + 1))
+
     return {
-        "PFLOP": float(sum(flops.values())) / 1e15,
-        "minutes": float(iteration) / 60,
-        "evaluations": evaluations(module, args, passes),
-        "images": images,
-        "minutes of": {name: float(t) / 60 for name, t in time.items()},
-        "hours": (args.iterations * iteration + count * evaluation) / 3600,
-        "GB in": {name: (stays + more) / 1e9 for name, more in extra.items()},
-        "fits": fits,
-        "held GB": memory * (1 - FREE) / 1e9,
+        "images": does.images,
+        "velocity evaluations": passes * does.evaluations,
+        "PFLOP": float(flops) / 1e15,
+        "minutes": sum(time.values()) / 60,
+        **{f"  {phase}": value / 60 for phase, value in time.items()},
+        "iterations": args.iterations,
+        "hours, with evaluations": hours / 3600,
+        **{f"GB in {phase}": value / 1e9 for phase, value in peaks(M, train).items()},
+        "largest --micro-batch": largest("train"),
+        "  --gradient-checkpointing": largest("checkpointed"),
     }
 
 
 def bench_plan(args, options):
-    """Time and memory of each script on one GPU, by count: needs none. It takes the scripts' options as well."""
-    counted, columns = {}, []
+    """Time and memory of an iteration and a run of each script, by count: needs no GPU. It takes their options too."""
+    memory, counted, columns = args.memory * 1e9, {}, []
     for module in SCRIPTS:
         own = script_args(module, args.model, options)
         key = own.resolution, own.guidance > 1, own.lora_rank
         counted[key] = counted.get(key) or count_model(args.model, own)
-        columns.append((own, plan(module, args.model, own, args.memory * 1e9, args.tflops * 1e12, counted[key])))
-
-    def row(name, values):
-        print(f"{name:40s}" + "".join(f"{value:>18}" for value in values))
-
+        names = "resolution steps sde_steps guidance prompts_per_iteration micro_batch".split()
+        told = {"--" + name.replace("_", "-"): getattr(own, name) for name in names}
+        columns.append(told | plan(module, own, memory, args.tflops * 1e12, counted[key]))
     print(f"{args.model} on {args.memory:g} GB at {args.tflops:g} TFLOP/s; counted, not measured")
-    row("", [f"{module.__name__}.py" for module in SCRIPTS])
-    for name in ("resolution", "steps", "sde_steps", "guidance", "prompts_per_iteration", "micro_batch"):
-        row(as_option(name), [getattr(own, name) for own, _ in columns])
-    row("an iteration: images", [result["images"] for _, result in columns])
-    row("  velocity evaluations", [f"{result['evaluations']:.0f}" for _, result in columns])
-    row("  PFLOP", [f"{result['PFLOP']:.1f}" for _, result in columns])
-    row("  minutes", [f"{result['minutes']:.2f}" for _, result in columns])
-    for name in columns[0][1]["minutes of"]:
-        row(f"    {name}", [f"{result['minutes of'][name]:.2f}" for _, result in columns])
-    row("the run: iterations", [own.iterations for own, _ in columns])
-    row("  hours, evaluations too", [f"{result['hours']:.1f}" for _, result in columns])
-    room = args.memory * (1 - FREE)
-    for name in columns[0][1]["GB in"]:
-        peaks = [result["GB in"][name] for _, result in columns]
-        row(f"GB in {name}", [f"{'too much: ' if peak > room else ''}{peak:.1f}" for peak in peaks])
-    row("largest --micro-batch", [result["fits"]["train"] for _, result in columns])
-    row("  with --gradient-checkpointing", [result["fits"]["checkpointed"] for _, result in columns])
+    print(f"{'':28s}" + "".join(f"{module.__name__ + '.py':>18s}" for module in SCRIPTS))
+    for name in columns[0]:
+        values = [f"{column[name]:.2f}" if isinstance(column[name], float) else column[name] for column in columns]
+        full = name.startswith("GB") and max(column[name] for column in columns) > (1 - FREE) * args.memory
+        print(f"{name:28s}" + "".join(f"{value:>18}" for value in values) + ("  too much" if full else ""))
     print(
         f"A call takes the longer of its FLOPs and of launching its kernels, {KERNEL * 1e6:g} microseconds each; a "
         f"picture {HOST * 1e3:g} ms\nof the CPU for PickScore; text encoders move at {BUS / 1e9:g} GB/s. Weights, "
-        f"adapter, optimizer, PickScore and latents under an\neighth of the memory stay on the GPU; {FREE:.0%} of it "
-        f"({args.memory * FREE:.1f} GB) are left free."
+        f"adapter, optimizer, PickScore, and latents under an\neighth of the memory, stay on the GPU; {FREE:.0%} of it "
+        "are left free."
     )
 
 
@@ -527,9 +518,7 @@ def bench_model(args, options):
     stays = sum(w.numel() * w.element_size() for part in (pipe.transformer, pipe.vae) for w in part.parameters())
     stays += sum(w.numel() * w.element_size() for w in policy.parameters)  # gradients
     name = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
-    print(
-        f"{args.model} at {own.resolution} px, {own.micro_batch} latents a call, {dtype}, {name}, torch {torch.__version__}"
-    )
+    print(f"{args.model} at {own.resolution} px, {own.micro_batch} latents a call, {dtype}, {name}")
     print(f"{'call':10s} {'seconds':>10s} {'TFLOP/s':>10s} {'GB':>8s} {'GB counted':>12s} {'kernels':>9s}")
     for call, function in functions.items():
         seconds, peak = timed(args.device, function)
@@ -675,7 +664,8 @@ def main():
     try:
         args.function(args, options)
     except common.StopRun as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+import bench
+
 aten = torch.ops.aten
 _setup_privateuseone_for_python_backend("gpu")
 
@@ -81,7 +83,7 @@ def meta(tensor):
 
 def check_devices(func, tensors):
     """Raise where a true GPU would: only a number (no dimension) may be on another device than the rest."""
-    own, *indices = tensors if func.name().startswith(("aten::index", "aten::_index")) else [None]
+    own, *indices = tensors if "aten.index" in str(func) else [None]
     if indices and own.device.type == "gpu":
         return  # indices may be on the CPU
     if len({t.device.type for t in tensors if t.dim()}) > 1:
@@ -131,26 +133,20 @@ def off(tensor):
 
 
 def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """The kernel of scaled_dot_product_attention that CUDA would take, or, for true numbers, the CPU's."""
+    """scaled_dot_product_attention: of true numbers as on the CPU, of others the kernel that CUDA would take."""
+    tensors, options = [query, key, value, attn_mask], dict(scale=scale, enable_gqa=enable_gqa)
     if not isinstance(query, OnGPU):
-        return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    if enable_gqa:
-        key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -math.inf)
-    if not query.held.is_meta:
-        options = dict(attn_mask=attn_mask, scale=scale)
-        return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, dropout_p, is_causal, **options)[0]
-    if query.dtype != torch.float32 and attn_mask is None and query.shape[-1] <= 256:
-        return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
-    if attn_mask is not None:
-        attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
-    needs = torch.is_grad_enabled() and query.requires_grad
-    options = attn_mask, needs, dropout_p, is_causal
-    return aten._scaled_dot_product_efficient_attention(query, key, value, *options, scale=scale)[0]
+        return on_cpu(*tensors, dropout_p, is_causal, **options)
+    check_devices("scaled_dot_product_attention", [t for t in tensors if t is not None])
+    if query.held.is_meta:
+        return bench.attention(*tensors, dropout_p, is_causal, **options)
+    if torch.is_grad_enabled() and query.requires_grad:
+        return aten._scaled_dot_product_flash_attention_for_cpu(*tensors[:3], dropout_p, is_causal, scale=scale)[0]
+    held = [t if t is None else t.held for t in tensors]
+    return OnGPU(on_cpu(*held, dropout_p, is_causal, **options))
 
 
-original = torch.nn.functional.scaled_dot_product_attention
+on_cpu = torch.nn.functional.scaled_dot_product_attention
 
 
 class Factories(TorchDispatchMode):
