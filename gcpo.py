@@ -222,6 +222,7 @@ def main(args):
     prompts = common.read_prompts(args.prompts)
 
     policy = common.make_policy(args, trajectories=N)
+    # eps stays 1e-8, as in published code: it is of the size of SD3's gradients, and halves the steps (README.md)
     optimizer = torch.optim.AdamW(policy.parameters, args.learning_rate, weight_decay=0.0)
     sigmas = policy.sigmas(args.steps)
     s = noise_scale(sigmas, args.sde, args.noise_level)  # (T - 1,)
