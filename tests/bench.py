@@ -143,7 +143,7 @@ def make_on(device, dtype, make, *args):
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            return make(*args)
+            return make(*args).to(dtype)  # SD3's table of positions is made in float32
     finally:
         torch.set_default_dtype(before)
 
@@ -251,9 +251,13 @@ def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
     return aten._scaled_dot_product_efficient_attention(query, key, value, *options, scale=scale)[0]
 
 
+def tensors(network):
+    return [*network.parameters(), *network.buffers()]
+
+
 def count(function, kept=()):
     """(FLOPs, kernels, peak bytes) of a call on the meta device."""
-    kept = [tensor for part in kept for tensor in (part.parameters() if isinstance(part, torch.nn.Module) else [part])]
+    kept = [tensor for part in kept for tensor in (tensors(part) if isinstance(part, torch.nn.Module) else [part])]
     with mock.patch("torch.nn.functional.scaled_dot_product_attention", attention), Meter(kept) as meter:
         function()
     return meter.flops, meter.kernels, meter.peak
@@ -387,8 +391,8 @@ def count_model(model, args):
         return tuple(one + (rows - 1) * (two - one) for one, two in zip(*(count[call] for count in counts)))
 
     parts = {"transformer": policy.transformer, "vae": pipe.vae, "encoders": encoders, "reward": clip}
-    weights = {name: sum(w.numel() * w.element_size() for w in part.parameters()) for name, part in parts.items()}
-    weights["adapter"] = sum(w.numel() * w.element_size() for w in policy.parameters)
+    weights = {name: sum(w.nbytes for w in tensors(part)) for name, part in parts.items()}
+    weights["adapter"] = sum(w.nbytes for w in policy.parameters)
     passes = 2 if policy.guidance > 1 and policy.family.two_pass_guidance else 1
     return cost, weights, policy.shape, passes
 
@@ -465,6 +469,7 @@ def bench_plan(args, options):
     memory, counted, columns = args.memory * 1e9, {}, []
     for module in SCRIPTS:
         own = script_args(module, args.model, options)
+        work(module, own)  # refuses what cannot be, before anything is counted
         key = own.resolution, own.guidance > 1, own.lora_rank
         counted[key] = counted.get(key) or count_model(args.model, own)
         names = "resolution steps sde_steps guidance prompts_per_iteration micro_batch".split()
@@ -515,8 +520,7 @@ def bench_model(args, options):
         meta = policy_of(own, make_pipeline(args.model, "meta", dtype, args.tiny), "meta", compile=False)
         meta_text = [torch.empty_like(rows, device="meta") for rows in text]
     counts = count_calls(meta, meta_text)
-    stays = sum(w.numel() * w.element_size() for part in (pipe.transformer, pipe.vae) for w in part.parameters())
-    stays += sum(w.numel() * w.element_size() for w in policy.parameters)  # gradients
+    stays = sum(w.nbytes for w in [*tensors(pipe.transformer), *tensors(pipe.vae), *policy.parameters])  # and gradients
     name = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
     print(f"{args.model} at {own.resolution} px, {own.micro_batch} latents a call, {dtype}, {name}")
     print(f"{'call':10s} {'seconds':>10s} {'TFLOP/s':>10s} {'GB':>8s} {'GB counted':>12s} {'kernels':>9s}")

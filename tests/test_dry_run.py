@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import sys
 from contextlib import contextmanager
 from functools import cache
@@ -20,6 +21,7 @@ import small_pipelines  # noqa: E402
 
 import pretend_gpu  # noqa: E402
 
+slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="half a minute; SLOW=1 runs it, as CI does")
 FAMILIES, SCRIPTS = list(small_pipelines.MAKERS), ["grpo", "gcpo", "tempflow_grpo"]
 QUICK = """--iterations 1 --eval-every 9 --eval-seeds 1 --eval-steps 1 --reward jpeg_compressibility --lora-rank 2
     --prompts-per-iteration 2 --steps 3 --sde-steps 0,1 --updates-per-iteration 2"""
@@ -135,7 +137,7 @@ def test_a_mistake_is_seen(run):
 @pytest.mark.parametrize("script, family, options", [
     ("grpo", "sd3", "--guidance 4.5 --micro-batch 2 --group-size 2"),
     ("tempflow_grpo", "flux2", "--guidance 1 --micro-batch 1 --seeds-per-prompt 1 --branches 2"),
-    ("gcpo", "flux", "--gradient-checkpointing --micro-batch 2 --group-size 2 --chunks 1"),
+    pytest.param("gcpo", "flux", "--gradient-checkpointing --micro-batch 2 --group-size 2 --chunks 1", marks=slow),
 ])  # fmt: skip
 def test_true_sizes_take_the_memory_of_the_plan(script, family, options):
     """The parts of an iteration with networks in their true sizes, without numbers: peaks within 10% of the plan's."""

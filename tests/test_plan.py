@@ -3,8 +3,6 @@
 import importlib
 import itertools
 import json
-import os
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -156,19 +154,36 @@ def test_small_calls_wait_for_the_host():
         assert result["  rollout"] * 60 == pytest.approx(seconds)
 
 
-def test_the_command(tmp_path):
-    """One line for each number; an option that no script has, or that is out of range, is one line and status 2."""
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command(options): exit status, output and errors of bench.py plan."""
 
-    def command(*options):
-        line = [sys.executable, "tests/bench.py", "plan", "--model", "flux2", *options]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    def run(*options):
+        monkeypatch.setattr(sys, "argv", ["bench.py", "plan", "--model", "flux2", *options])
+        try:
+            bench.main()
+            status = 0
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
 
-    done = command("--memory", "16", "--sde-steps", "0,1", "--branches", "12", "--guidance=1")
-    assert done.returncode == 0, done.stderr
-    rows = {line[:28].strip(): line[28:].split() for line in done.stdout.splitlines()}
+    return run
+
+
+def test_the_command(command, monkeypatch):
+    """A line for each number, a column for each script, with the options that a script has."""
+    monkeypatch.setattr(bench, "count_model", lambda model, args: count(model, args.resolution, False, args.lora_rank))
+    status, out, errors = command("--memory", "16", "--sde-steps", "0,1", "--branches", "3", "--guidance=1")
+    assert (status, errors) == (0, "")
+    rows = {line[:28].strip(): line[28:].split() for line in out.splitlines()}
     assert rows["--sde-steps"] == ["0,1"] * 3 and rows["--guidance"] == ["1.00"] * 3
+    args, result = plan("tempflow_grpo", "flux2", "--sde-steps 0,1 --branches 3 --guidance 1")
+    assert rows["images"][2] == str(args.prompts_per_iteration * args.seeds_per_prompt * 3 * 2)
+    assert rows["velocity evaluations"][2] == f"{result['velocity evaluations']:.2f}"
     assert rows["GB in training"][3:] == ["too", "much"] and len(rows["GB in rollout"]) == 3
-    for wrong in (["--sde-steps", "99"], ["--branch", "3"], ["--resolution", "100"]):
-        failed = command(*wrong)
-        assert failed.returncode == 2 and failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("options", ["--sde-steps 99", "--branch 3", "--resolution 100", "--micro-batch 0"])
+def test_what_cannot_be_is_one_line(command, options):
+    status, _, errors = command(*options.split())
+    assert status == 2 and errors.startswith("error: ") and errors.count("\n") == 1
