@@ -11,8 +11,8 @@ import atexit
 import dataclasses
 import fcntl
 import hashlib
+import importlib.metadata
 import importlib.util
-import io
 import json
 import math
 import os
@@ -24,22 +24,29 @@ import tempfile
 import textwrap
 import time
 from argparse import SUPPRESS, ArgumentParser
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import get_args
 
 
 def no_traceback(kind, error, traceback):
     """Ctrl-C where nobody has caught it, in the seconds that the imports take for instance: one line, status 130."""
-    if kind is KeyboardInterrupt:
-        print("stopped", file=sys.stderr, flush=True)
-        os._exit(130)
-    sys.__excepthook__(kind, error, traceback)
+    if kind is not KeyboardInterrupt:
+        return sys.__excepthook__(kind, error, traceback)
+    print("stopped", file=sys.stderr, flush=True)
+    os._exit(130)
 
 
 sys.excepthook = no_traceback
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # or it tells of packages that are not used here
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+if not sys.stderr.isatty():
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import torch  # noqa: E402
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
+from torch.nn.functional import adaptive_avg_pool2d, pad, pixel_shuffle, pixel_unshuffle  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 MAX_EVAL_PROMPTS = 64
@@ -53,6 +60,15 @@ class StopRun(Exception):
     def __init__(self, message, exit_status=2):
         super().__init__(message)
         self.exit_status = exit_status
+
+
+def brief(error):
+    """An exception's text on one line, with its type where it has none."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def warn(message):
+    print(f"warning: {message}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- the sampler, advantages, metrics of the ratio
@@ -100,10 +116,8 @@ def sde_mean_std(x, velocity, sigma, sigma_next, s, sde="flow"):
     are, since x + velocity (1 - sigma) is the predicted noise.
     """
     x, velocity = wide(x), wide(velocity)
-    sigma, sigma_next, s = (
-        torch.as_tensor(value, dtype=x.dtype, device=x.device).view(-1, *[1] * (x.dim() - 1))
-        for value in (sigma, sigma_next, s)
-    )
+    levels = [torch.as_tensor(level, dtype=x.dtype, device=x.device) for level in (sigma, sigma_next, s)]
+    sigma, sigma_next, s = (level.view(-1, *[1] * (x.dim() - 1)) for level in levels)
     drift, std = sde_drift_std(sigma, sigma_next, s, sde)
     mean = (x - velocity * (sigma - sigma_next)) - drift * (x + velocity * (1 - sigma))
     return mean, std
@@ -226,16 +240,13 @@ class SD3:
         scale = 2 ** (len(vae["block_out_channels"]) - 1)  # pixels a latent; two latents a side are one token
         most = transformer.get("pos_embed_max_size", math.inf) * 2 * scale
         if resolution % (2 * scale) or resolution > most:
-            raise StopRun(
-                f"--resolution {resolution} does not fit the model; give a multiple of {2 * scale}, {most} at most"
-            )
+            raise StopRun(f"--resolution {resolution} does not fit; give a multiple of {2 * scale}, {most} at most")
         return vae["latent_channels"], resolution // scale, resolution // scale
 
     def encode(self, prompts):
         """Text of B prompts: a list of tensors (B, ...), as the pipeline makes them."""
-        embeds, _, pooled, _ = self.pipe.encode_prompt(
-            prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
-        )
+        options = {"do_classifier_free_guidance": False, "max_sequence_length": self.max_sequence_length}
+        embeds, _, pooled, _ = self.pipe.encode_prompt(prompts, None, None, **options)
         return [embeds, pooled]
 
     def shift(self, tokens, steps):
@@ -267,38 +278,41 @@ class SD3:
 
 
 class Flux(SD3):
-    """FLUX.1: guidance is an input of the transformer, which sees the latents packed, as tokens of 2 x 2."""
+    """FLUX.1: guidance is an input of the transformer, which sees the latents as tokens of 2 x 2."""
 
     # [FG], for FLUX: attention and feed-forward of both streams, and the attention of the single stream
     targets = SD3.targets + "ff.net.0.proj ff.net.2 ff_context.net.0.proj ff_context.net.2".split()
     max_sequence_length = 512
     two_pass_guidance = False
     max_shift, even_sigmas = 1.15, True
+    patch = 2
 
     def encode(self, prompts):
         embeds, pooled, _ = self.pipe.encode_prompt(prompts, None, max_sequence_length=self.max_sequence_length)
         return [embeds, pooled]
 
+    def positions(self, embeds, x):
+        """Position ids of the tokens of text and image, the same for every prompt and latent."""
+        height, width = x.shape[2] // 2, x.shape[3] // 2
+        image = self.pipe._prepare_latent_image_ids(1, height, width, x.device, x.dtype)
+        return {"txt_ids": x.new_zeros(embeds.shape[1], 3), "img_ids": image}
+
     def predict(self, x, sigma, text, guidance):
-        pipe, (embeds, pooled), (B, C, H, W) = self.pipe, text, x.shape
-        if self.ids is None:  # made once: they are the same for every latent and step
-            image_ids = pipe._prepare_latent_image_ids(B, H // 2, W // 2, x.device, x.dtype)
-            self.ids = {"txt_ids": x.new_zeros(embeds.shape[1], 3), "img_ids": image_ids}
-        embedded = pipe.transformer.config.guidance_embeds
-        velocity = pipe.transformer(
-            hidden_states=pipe._pack_latents(x, B, C, H, W),
+        transformer, patches = self.pipe.transformer, pixel_unshuffle(x, self.patch)
+        self.ids = self.ids or self.positions(text[0], x)  # made once
+        embedded = transformer.config.guidance_embeds
+        velocity = transformer(
+            hidden_states=patches.flatten(2).transpose(1, 2),  # (B, tokens, channels)
             timestep=(sigma * 1000).to(x.dtype) / 1000,  # rounded as the pipeline does
-            guidance=x.new_full((B,), guidance, dtype=torch.float32) if embedded else None,
-            pooled_projections=pooled,
-            encoder_hidden_states=embeds,
+            guidance=x.new_full((len(x),), guidance, dtype=torch.float32) if embedded else None,
             return_dict=False,
+            **dict(zip(("encoder_hidden_states", "pooled_projections"), text)),
             **self.ids,
         )[0]
-        scale = pipe.vae_scale_factor
-        return pipe._unpack_latents(velocity, H * scale, W * scale, scale)
+        return pixel_shuffle(velocity.transpose(1, 2).reshape(patches.shape), self.patch)
 
 
-class Flux2Klein(SD3):
+class Flux2Klein(Flux):
     """FLUX.2 klein: patches of 2 x 2 are channels of the latent, which the VAE's batch norm has normalised."""
 
     # as for FLUX; here the single stream has one layer for attention and feed-forward in, and one out
@@ -306,8 +320,7 @@ class Flux2Klein(SD3):
         r".*\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|to_qkv_mlp_proj)|ff(_context)?\.linear_(in|out))"
         r"|single_transformer_blocks\.\d+\.attn\.to_out"
     )
-    max_sequence_length = 512
-    even_sigmas = True
+    patch = 1
 
     def __init__(self, pipe):
         super().__init__(pipe)
@@ -326,19 +339,9 @@ class Flux2Klein(SD3):
 
         return compute_empirical_mu(tokens, steps)
 
-    def predict(self, x, sigma, text, guidance):
-        pipe, (embeds,) = self.pipe, text
-        if self.ids is None:  # of one latent, as the transformer looks at the first alone
-            ids = {"txt_ids": pipe._prepare_text_ids(embeds[:1]), "img_ids": pipe._prepare_latent_ids(x[:1])}
-            self.ids = {name: rows.to(x.device) for name, rows in ids.items()}
-        velocity = pipe.transformer(
-            hidden_states=pipe._pack_latents(x),
-            timestep=(sigma * 1000).to(x.dtype) / 1000,
-            encoder_hidden_states=embeds,
-            return_dict=False,
-            **self.ids,
-        )[0]
-        return velocity.transpose(1, 2).reshape(x.shape)
+    def positions(self, embeds, x):
+        ids = self.pipe._prepare_text_ids(embeds[:1]), self.pipe._prepare_latent_ids(x[:1])
+        return {"txt_ids": ids[0].to(x.device), "img_ids": ids[1].to(x.device)}
 
     def decode(self, x):
         vae = self.pipe.vae
@@ -360,8 +363,6 @@ def find_family(model):
 
     Reads model_index.json, from the folder, the cache or the hub. StopRun: it is none of ours, or out of reach.
     """
-    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
-
     source = str(TINY) if model == "tiny" else model
     try:
         index = Path(source, "model_index.json")
@@ -372,33 +373,18 @@ def find_family(model):
                 index = hf_hub_download(source, "model_index.json")
         name = json.loads(Path(index).read_text("utf-8"))["_class_name"]
     except Exception as error:  # of many kinds: misspelt, gated, no network, a folder of something else
-        raise StopRun(
-            f"--model {model} is no diffusers pipeline in a folder here or on the hub ({brief(error)}); check spelling "
-            "and network; for a gated one accept its licence on its page and log in with `hf auth login`"
-        )
+        hint = "check spelling and network; for a gated one accept its licence and log in with `hf auth login`"
+        raise StopRun(f"--model {model} is no diffusers pipeline in a folder or on the hub ({brief(error)}); {hint}")
     if name not in FAMILIES:
         raise StopRun(f"--model {model} is a {name}; this code knows {', '.join(FAMILIES)}")
     return "tiny" if Path(source).resolve() == TINY else FAMILIES[name][0], source, name
 
 
-def brief(error):
-    """An exception's text on one line, with its type where it has none."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-# ---------------------------------------------------------------- the policy: a diffusers pipeline with a LoRA adapter
-
-
 def load_pipeline(model, dtype, resolution):
     """The pipeline of a model in a dtype (its name); a resolution that it cannot do is refused before weights load."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()  # diffusers imports parts that tell of packages unused here
     import diffusers
 
-    diffusers.utils.logging.set_verbosity_error()
     if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
         diffusers.utils.logging.disable_progress_bar()
     _, source, class_name = find_family(model)
     pipe_class = getattr(diffusers, class_name)
@@ -408,11 +394,13 @@ def load_pipeline(model, dtype, resolution):
         parts = [diffusers.AutoencoderKL.load_config(source, subfolder=name) for name in ("vae", "transformer")]
         FAMILIES[class_name][1].latent_shape(*parts, resolution)
         # weights as safetensors only, never a repository's own code
-        return pipe_class.from_pretrained(
-            source, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, **absent
-        )
+        safe = {"use_safetensors": True, "trust_remote_code": False}
+        return pipe_class.from_pretrained(source, dtype=DTYPES[dtype], **safe, **absent)
     except (OSError, ValueError) as error:
         raise StopRun(f"--model {model} cannot be loaded ({brief(error)}); check its folder or fetch it again")
+
+
+# ---------------------------------------------------------------- the policy: a diffusers pipeline with a LoRA adapter
 
 
 class Policy:
@@ -442,14 +430,11 @@ class Policy:
         self.device, self.resolution, self.guidance = torch.device(device), resolution, guidance
         self.micro_batch, self.velocity_evals = micro_batch, 0
         cuda = self.device.type == "cuda"
-        numbers = latents * math.prod(self.shape)
-        large = cuda and 32 * numbers > torch.cuda.get_device_properties(self.device).total_memory
-        self.store = torch.device("cpu") if large else self.device
+        memory = torch.cuda.get_device_properties(self.device).total_memory if cuda else math.inf
+        self.store = torch.device("cpu") if 32 * latents * math.prod(self.shape) > memory else self.device
         if cuda and self.transformer.dtype != torch.float32:  # TF32, or LoRA takes as long as the rest
             torch.set_float32_matmul_precision("high")
-
-        names = ("text_encoder", "text_encoder_2", "text_encoder_3")
-        self.encoders = [part for name in names if (part := getattr(pipe, name, None)) is not None]
+        self.encoders = [part for name, part in pipe.components.items() if part and name.startswith("text_encoder")]
         for part in (pipe.vae, pipe.transformer, *self.encoders):
             part.requires_grad_(False).eval()
         pipe.vae.to(self.device)
@@ -480,13 +465,10 @@ class Policy:
         unique = list(dict.fromkeys([*prompts, ""]))
         index = torch.tensor([unique.index(prompt) for prompt in [*prompts, ""]])
         parts = [self.family.encode(unique[start : start + 8]) for start in range(0, len(unique), 8)]
-        text = [torch.cat(rows) for rows in zip(*parts)]
-        text = [rows[index.to(rows.device)].to(self.device) for rows in text]
-        if self.device.type != "cpu":
-            for encoder in self.encoders:
-                encoder.to("cpu")
-            torch.cuda.empty_cache()
-        return text
+        for encoder in self.encoders:
+            encoder.to("cpu")
+        torch.cuda.empty_cache()
+        return [torch.cat(rows)[index].to(self.device) for rows in zip(*parts)]
 
     def velocity(self, x, sigma, text, owner):
         """Velocity at x, with classifier-free guidance if it is on: (B, ...) -> (B, ...) float32.
@@ -550,7 +532,7 @@ class Policy:
         """Average the gradients over the processes, take loss_scale out, clip; returns the norm before clipping."""
         for parameter in self.parameters:
             if PROCESSES > 1:
-                torch.distributed.all_reduce(parameter.grad)
+                collective(torch.distributed.all_reduce, parameter.grad)
             parameter.grad /= self.loss_scale * PROCESSES
         return torch.nn.utils.clip_grad_norm_(self.parameters, max_norm)
 
@@ -581,9 +563,7 @@ class Policy:
         """The adapter as diffusers saves it: `pipe.load_lora_weights(folder)` reads it."""
         config = self.transformer.peft_config["default"].to_dict()
         config |= {name: sorted(value) for name, value in config.items() if isinstance(value, set)}  # equal files
-        self.pipe.save_lora_weights(
-            folder, transformer_lora_layers=self.lora(), transformer_lora_adapter_metadata=config
-        )
+        self.pipe.save_lora_weights(folder, self.lora(), transformer_lora_adapter_metadata=config)
 
 
 def make_policy(args, trajectories):
@@ -592,7 +572,7 @@ def make_policy(args, trajectories):
     return Policy(
         load_pipeline(args.model, args.dtype, args.resolution),
         **{name: getattr(args, name) for name in names},
-        device=local_device(args.device),
+        device=args.device,
         micro_batch=min(args.micro_batch, trajectories),
         latents=3 * args.steps * trajectories,  # a step keeps its noise, and the states before and after it
         max_sequence_length=0 if args.family == "tiny" else None,  # which was trained without T5's tokens
@@ -602,24 +582,49 @@ def make_policy(args, trajectories):
 # ---------------------------------------------------------------- several processes, as torchrun starts them
 
 
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK, PROCESSES = 0, 1
+if torch.distributed.is_torchelastic_launched():
+    RANK, PROCESSES = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def take_gpu(device):
+    """Make torchrun's processes on this machine use a GPU each; "cuda" is from then on the GPU of this process."""
+    if PROCESSES > 1 and device.startswith("cuda"):
+        local, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if local > gpus or device != "cuda":
+            raise StopRun(
+                f"--device {device} cannot be used by {local} processes on a machine with {gpus} GPUs; give torchrun "
+                "--nproc-per-node as many as there are, or --device cpu"
+            )
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
+@contextmanager
+def quiet():
+    """Inside, the first process alone prints."""
+    out, err = (sys.stdout, sys.stderr) if RANK == 0 else [open(os.devnull, "w")] * 2
+    with redirect_stdout(out), redirect_stderr(err):
+        yield
 
 
 def join_processes(args):
-    """Where torchrun has started several processes, let them find each other. The first alone prints and is heard.
-
-    What the others write goes to a folder of their own that is thrown away: the code of a run knows one process.
-    """
+    """Let the processes find each other. A run knows just one: what the others write goes to a folder that is lost."""
     if PROCESSES > 1:
-        torch.distributed.init_process_group()  # gloo for tensors on a CPU, nccl for those on CUDA
+        collective(torch.distributed.init_process_group)  # gloo for what is on a CPU, nccl for what is on CUDA
+        everywhere(None)  # none goes on before all have looked at args.output
     if RANK > 0:
-        args.output, args.wandb, sys.stdout = tempfile.mkdtemp(), None, open(os.devnull, "w")
+        args.output, args.wandb = tempfile.mkdtemp(), None
         atexit.register(shutil.rmtree, args.output, ignore_errors=True)
 
 
-def local_device(device):
-    """The device of this process: torchrun gives each process on a machine a GPU of its own."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if PROCESSES > 1 and device == "cuda" else device
+def collective(operation, *values):
+    """One of torch.distributed's operations. Where a process has ended they fail in the others, which end as well."""
+    try:
+        operation(*values)
+    except RuntimeError as error:
+        if RANK > 0:
+            sys.exit(1)
+        raise StopRun(f"another process has ended ({brief(error)}); find out why, go on with --resume", exit_status=1)
 
 
 def share(rows):
@@ -631,7 +636,7 @@ def everywhere(value):
     """The list of all processes' values, tensors on the CPU or other objects, the same in each process."""
     values = [value] * PROCESSES
     if PROCESSES > 1:
-        torch.distributed.all_gather_object(values, value)
+        collective(torch.distributed.all_gather_object, values, value)
     return values
 
 
@@ -667,9 +672,7 @@ class Evaluation:
         self.text = [rows.cpu() for rows in policy.encode(prompts)]
         self.prompts = [prompt for prompt in prompts for _ in range(args.eval_seeds)]
         if len(self.prompts) < PROCESSES:
-            raise StopRun(
-                f"an evaluation of {len(self.prompts)} pictures is less than one a process; raise --eval-seeds"
-            )
+            raise StopRun(f"less than one picture a process to evaluate: {len(self.prompts)}; raise --eval-seeds")
 
     @torch.no_grad()
     def __call__(self, iteration, progress):
@@ -693,26 +696,23 @@ class Evaluation:
         shown = list(range(0, count, args.eval_seeds))[:16]  # the first prompts, whatever came out
         captions = [f"{scores[n]:.2f}  {self.prompts[n]}" for n in shown]
         save_pictures(images[shown], captions, Path(args.output, "samples"), iteration)
-        return {"eval_reward": scores.mean().item()} | {
-            f"eval/{name}": part.mean().item() for name, part in parts.items()
-        }
+        return {"eval_reward": scores.mean().item()} | {f"eval/{name}": x.mean().item() for name, x in parts.items()}
 
 
 def save_pictures(images, captions, folder, iteration, size=192, columns=4):
-    """Save images (B, 3, H, W) in [0, 1] as a grid, enlarged without blur, and the first grid beside this one."""
+    """Save images (B, 3, H, W) in [0, 1] as a grid, and the first grid beside this one, as compare.png."""
     from diffusers.image_processor import VaeImageProcessor
     from diffusers.utils import make_image_grid
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageOps
 
-    tiles = [Image.new("RGB", (size + 8, size + 56), "white") for _ in range(len(images) + -len(images) % columns)]
-    pictures = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images.clamp(0, 1)))
-    for tile, picture, caption in zip(tiles, pictures, captions):
-        resample = Image.Resampling.NEAREST if picture.width < size else Image.Resampling.LANCZOS
-        tile.paste(picture.resize((size, size), resample), (4, 4))
+    images = adaptive_avg_pool2d(images.clamp(0, 1), size)  # small ones are enlarged without blur, pixel by pixel
+    tiles = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(pad(images, (4, 4, 4, 52), value=1.0)))
+    for tile, caption in zip(tiles, captions):
         ImageDraw.Draw(tile).text((4, size + 6), "\n".join(textwrap.wrap(caption, 30)[:3]), "black", font_size=13)
+    tiles += [Image.new("RGB", tiles[0].size, "white")] * (-len(tiles) % columns)
     make_image_grid(tiles, len(tiles) // columns, columns).save(folder / f"{iteration}.png")
     first = min(folder.glob("[0-9]*.png"), key=lambda path: int(path.stem))
-    both = [Image.open(path) for path in (first, folder / f"{iteration}.png")]
+    both = [ImageOps.expand(Image.open(path), 6, "grey") for path in (first, folder / f"{iteration}.png")]
     make_image_grid(both, rows=1, cols=2).save(folder / "compare.png")
 
 
@@ -730,35 +730,32 @@ def plot(charts, x_label, path):
     figure.savefig(path)
 
 
-def write_atomically(path, data):
-    temporary = path.with_name(path.name + ".tmp")
+@contextmanager
+def aside(folder):
+    """A folder for files that are to be written whole or not at all: at the end they take their place in `folder`."""
+    place = Path(folder, "save.tmp")
+    shutil.rmtree(place, ignore_errors=True)  # left by a process that was killed
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        place.mkdir()
+        yield place
+        for file in list(place.rglob("*.*")):
+            with open(file) as written:
+                os.fsync(written)
+            (folder / file.relative_to(place)).parent.mkdir(exist_ok=True)
+            os.replace(file, folder / file.relative_to(place))
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def save_checkpoint(folder, policy, optimizer, counters, lines):
-    """checkpoint.pt and lora/, written aside and renamed, so that a crash never leaves half a file."""
-    from safetensors import SafetensorError
-
-    ema, buffer = policy.ema.state_dict() if policy.ema else None, io.BytesIO()
+    """checkpoint.pt and lora/, so that a crash never leaves half a file."""
+    ema = policy.ema.state_dict() if policy.ema else None
     state = {"lora": policy.lora(), "optimizer": optimizer.state_dict(), "ema": ema}
-    torch.save(state | {"counters": counters, "lines": lines}, buffer)
-    try:
+    with aside(folder) as place:
+        with open(place / "checkpoint.pt", "wb") as file:
+            torch.save(state | {"counters": counters, "lines": lines}, file)
         with policy.averaged():
-            policy.save_lora(folder / "lora.tmp")
-    except SafetensorError as error:  # its word for a full disk
-        raise OSError(str(error))
-    (folder / "lora").mkdir(exist_ok=True)
-    for file in (folder / "lora.tmp").iterdir():
-        os.replace(file, folder / "lora" / file.name)
-    (folder / "lora.tmp").rmdir()
-    write_atomically(folder / "checkpoint.pt", buffer.getbuffer())
+            policy.save_lora(place / "lora")
 
 
 def load_checkpoint(path, policy, optimizer):
@@ -780,11 +777,13 @@ def load_checkpoint(path, policy, optimizer):
 
 
 class Log:
-    """What each iteration was, in metrics.jsonl, the terminal, samples/progress.png and wandb. lines: those before."""
+    """What each iteration was: metrics.jsonl, terminal, wandb, samples/progress.png, steps.png. lines: those before."""
 
-    def __init__(self, args, config, lines):
-        self.folder, self.lines, self.wandb = Path(args.output), lines, None
-        write_atomically(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+    def __init__(self, args, lines):
+        config, self.folder, self.lines, self.wandb = run_config(args), Path(args.output), lines, None
+        with aside(self.folder) as place:
+            (place / "config.json").write_text(json.dumps(config, indent=1), "utf-8")
+            (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
         if args.wandb:
             import wandb
 
@@ -807,6 +806,9 @@ class Log:
             names = {"reward_mean": "rollout (SDE)", "eval_reward": "evaluation (ODE)"}
             curves = {names[key]: [(m["iteration"], m[key]) for m in self.lines if key in m] for key in names}
             plot({"reward": curves}, "iteration", self.folder / "samples" / "progress.png")
+            by_step = {name: {"": list(enumerate(row))} for name, row in metrics.items() if isinstance(row, list)}
+            if by_step:
+                plot(by_step, "random step", self.folder / "samples" / "steps.png")
 
 
 class Run:
@@ -821,21 +823,18 @@ class Run:
         self.evaluate = Evaluation(args, policy, reward, eval_reward)
         # of iteration 0 nothing is done yet, not even the evaluation of the base model
         self.counters = {"iteration": -1, "images": 0, "velocity_evals": 0, "skipped_updates": 0, "skipped_in_a_row": 0}
-        self.complete = True  # whether the weights are those after the last iteration: not amid updates
+        self.complete = True  # whether weights and counters are those after an iteration: not amid updates
         self.signal, self.hopeless, self.measured = 0, False, {}
 
     def __enter__(self):
-        args, lines = self.args, []
+        args, lines, checkpoint = self.args, [], Path(self.args.resume or self.folder, "checkpoint.pt")
         try:
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             self.lock = open(self.folder / ".lock", "w")
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise StopRun(
-                f"the run folder {self.folder} is not to be had ({error.strerror}): another process runs in it, "
-                "or it cannot be written; wait, or give another --output"
-            )
-        if args.resume and (checkpoint := Path(args.resume, "checkpoint.pt")).exists():
+        except OSError as error:  # the lock is another's, or the folder read-only
+            raise StopRun(f"another process runs in {self.folder}, or it cannot be written ({error.strerror}); wait")
+        if checkpoint.exists():
             self.counters, lines = load_checkpoint(checkpoint, self.policy, self.optimizer)
             self.policy.velocity_evals = self.counters["velocity_evals"] if RANK == 0 else 0
             done = self.counters["iteration"]
@@ -843,19 +842,18 @@ class Run:
                 raise StopRun(f"--iterations {args.iterations} is less than the {done} that {args.resume} has done")
             if done < args.iterations and done % args.eval_every:  # evaluated as the last one, which it is no more
                 lines[-1] = {name: value for name, value in lines[-1].items() if not name.startswith("eval")}
-        config = run_config(args)
-        write_atomically(self.folder / "config.json", json.dumps(config, indent=1).encode())
-        self.log_file = Log(args, config, lines)
-        self.done = dict(self.counters)  # as they were after the last complete iteration
+        self.log_file = Log(args, lines)
         self.handlers = {n: signal.signal(n, self.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *error):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if self.complete and self.done["iteration"] > 0:
-            self.save()
-        self.lock.close()
+        try:  # before the handlers go: torchrun ends every process where one has ended
+            if self.complete and self.counters["iteration"] > 0:
+                self.save()
+        finally:
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
+            self.lock.close()
 
     def on_signal(self, number, frame):
         if self.signal:  # the second time: now
@@ -864,23 +862,20 @@ class Run:
         tqdm.write("stopping after this iteration; the same signal again stops at once", file=sys.stderr)
 
     def save(self):
-        save_checkpoint(self.folder, self.policy, self.optimizer, self.done, self.log_file.lines)
+        save_checkpoint(self.folder, self.policy, self.optimizer, self.counters, self.log_file.lines)
 
     def iterations(self):
         """The numbers of the iterations to run. Evaluates the base model first, saves when it is time to."""
-        if self.done["iteration"] < 0:
+        if self.counters["iteration"] < 0:
             self.finish({"iteration": 0})
-        first, last = self.done["iteration"] + 1, self.args.iterations
+        first, last = self.counters["iteration"] + 1, self.args.iterations
         for iteration in self.progress(range(first, last + 1), "iterations", initial=first - 1, total=last, leave=True):
             if stop := max(everywhere(self.signal)):  # whichever process it was sent to
                 raise StopRun(f"stopped; go on with --resume {self.folder}", exit_status=128 + stop)
             yield iteration
             if self.hopeless:
-                raise StopRun(
-                    "loss or gradient were not finite in 5 updates in a row; lower --learning-rate or use "
-                    f"another --dtype; what was trained is saved in {self.folder}",
-                    exit_status=1,
-                )
+                hint = "lower --learning-rate or use another --dtype; what was trained is saved"
+                raise StopRun(f"loss or gradient were not finite in 5 updates in a row; {hint}", exit_status=1)
             if iteration % self.args.save_every == 0:
                 self.save()
         if self.signal:
@@ -889,12 +884,11 @@ class Run:
 
     def progress(self, items, label, **options):
         """A bar around an iterable, in a terminal."""
-        return tqdm(items, desc=label, **{"leave": False, "disable": True if RANK else None} | options)
+        return tqdm(items, desc=label, **{"leave": False, "disable": None} | options)
 
     @contextmanager
     def phase(self, name):
         """Measure a phase: its time, for the metrics as <name>_s, and on CUDA its peak memory."""
-        self.complete = self.complete and name != "train"
         cuda, start = self.policy.device.type == "cuda", time.perf_counter()
         if cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -906,7 +900,7 @@ class Run:
 
     def can_step(self, grad_norm):
         """Whether an update may be made. One whose gradient is not finite (nor is its loss) is left out and counted."""
-        finite = math.isfinite(grad_norm)
+        self.complete, finite = False, math.isfinite(grad_norm)
         self.counters["skipped_updates"] += not finite
         self.counters["skipped_in_a_row"] = 0 if finite else self.counters["skipped_in_a_row"] + 1
         self.hopeless |= self.counters["skipped_in_a_row"] >= 5
@@ -926,12 +920,9 @@ class Run:
             **more,
         }
         if iteration == 1 and not metrics["ratio_first_error"] < 1e-4:  # also tells of nan
-            print(
-                f"warning: the ratio is off 1 by {metrics['ratio_first_error']:.1e} before any update: rollout and "
-                "training disagree, and every ratio is wrong by as much; likely causes: --compile, --dtype float16, "
-                "dropout, an attention kernel that is not deterministic",
-                file=sys.stderr,
-            )
+            wrong = f"the ratio is off 1 by {metrics['ratio_first_error']:.1e} before any update"
+            causes = "--compile, --dtype float16, dropout, an attention kernel that is not deterministic"
+            warn(f"{wrong}: rollout and training disagree, every ratio is wrong by as much; likely causes: {causes}")
         self.finish(metrics)
 
     def finish(self, metrics):
@@ -944,21 +935,19 @@ class Run:
             if iteration % args.eval_every == 0 or iteration == args.iterations:
                 with self.phase("eval"):
                     metrics |= self.evaluate(iteration, self.progress)
+            measured = everywhere(self.measured)  # the slowest process counts, and the one that takes most memory
+            self.measured = {name: max(one[name] for one in measured) for name in self.measured}
         finally:  # where an evaluation fails, what was trained is kept all the same
-            measured, self.measured = everywhere(self.measured), {}
-            metrics |= {name: max(one[name] for one in measured) for name in measured[0]}  # of the slowest process
-            if peaks := [value for name, value in metrics.items() if name.startswith("peak_memory_gb/")]:
+            metrics |= self.measured
+            if peaks := [value for name, value in self.measured.items() if name.startswith("peak_memory_gb/")]:
                 metrics["peak_memory_gb"] = max(peaks)
+            self.measured = {}
             self.log_file.write(metrics)
-            self.done, self.complete = dict(self.counters), True
+            self.complete = True
 
 
 def run_config(args):
     """What config.json holds: every setting as used, versions, commit, command. A run that goes on keeps its own."""
-    import diffusers
-    import peft
-    import transformers
-
     git, commit = ["git", "-C", str(TINY), "rev-parse", "HEAD"], None
     with suppress(OSError):  # no git here
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
@@ -966,14 +955,14 @@ def run_config(args):
         "script": Path(sys.argv[0]).stem,
         "settings": dataclasses.asdict(args) | {"resume": None},
         "prompts_sha256": prompts_hashes(args),
-        "versions": {m.__name__: m.__version__ for m in (torch, diffusers, transformers, peft)},
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "peft")},
         "commit": commit,
         "command": " ".join(sys.argv),
     }
     if args.resume:
         before = json.loads(Path(args.resume, "config.json").read_text("utf-8"))
         if before["versions"] != config["versions"]:
-            print(f"warning: this run began with {before['versions']}; its numbers may differ now", file=sys.stderr)
+            warn(f"this run began with {before['versions']}; its numbers may differ now")
         config = before | {"settings": config["settings"], "resumed": [*before.get("resumed", []), config["command"]]}
     return config
 
@@ -994,9 +983,8 @@ def print_ending(args, lines):
 
 def option(default, help, low=0, high=10**6, choices=None, group=None):
     """A field of Args that is an option: a number from low to high, or one of the choices. group: begins a new one."""
-    return dataclasses.field(
-        default=default, metadata={"help": help, "range": (low, high), "choices": choices, "group": group}
-    )
+    told = {"help": help, "low": low, "high": high, "choices": choices, "group": group}
+    return dataclasses.field(default=default, metadata=told)
 
 
 class Parser(ArgumentParser):
@@ -1004,22 +992,24 @@ class Parser(ArgumentParser):
         raise StopRun(f"{message.removeprefix('argument ')}; see --help")
 
 
-def make_parser(args_class, defaults):
-    """The command line of a dataclass of `option`s. What is not given is not set, so that it can be told."""
+def read_command_line(args_class, defaults, argv):
+    """{name: value} of what is given, for a dataclass of `option`s."""
     parser = group = Parser(allow_abbrev=False, argument_default=SUPPRESS)
     for field in dataclasses.fields(args_class):
         name, told, kind = field.name, field.metadata, (get_args(field.type) or (field.type,))[0]
-        if told["group"]:
-            group = parser.add_argument_group(told["group"])
+        group = parser.add_argument_group(told["group"]) if told["group"] else group
         by_model = ", ".join(f"{values[name]} for {model}" for model, values in defaults.items() if name in values)
-        default = by_model or (None if kind is bool else field.default)
+        default = by_model or field.default
+        text = told["help"] + (f" (default: {default})" if default not in (None, False) else "")
         how = {"type": kind, "choices": told["choices"], "metavar": None if told["choices"] else kind.__name__.upper()}
-        group.add_argument(
-            f"--{name.replace('_', '-')}",
-            help=told["help"] + (f" (default: {default})" if default is not None else ""),
-            **({"action": "store_true"} if kind is bool else how),
-        )
-    return parser
+        how = {"action": "store_true"} if kind is bool else how
+        group.add_argument(f"--{name.replace('_', '-')}", help=text, **how)
+    given = vars(parser.parse_args(argv))
+    for field in dataclasses.fields(args_class):
+        value, low, high = given.get(field.name), field.metadata["low"], field.metadata["high"]
+        if isinstance(value, int | float) and not low <= value <= high:  # refuses nan as well
+            parser.error(f"--{field.name.replace('_', '-')} {value} is out of range {low} to {high}")
+    return given
 
 
 def parse_args(args_class, defaults, argv=None):
@@ -1028,13 +1018,7 @@ def parse_args(args_class, defaults, argv=None):
     defaults: {"tiny": {...}, "sd3": {...}} for the settings that are None in args_class. With --resume the settings
     are those of that run.
     """
-    given = vars(make_parser(args_class, defaults).parse_args(argv))
-    for field in dataclasses.fields(args_class):
-        value, (low, high) = given.get(field.name), field.metadata["range"]
-        if isinstance(value, int | float) and not low <= value <= high:  # refuses nan as well
-            raise StopRun(
-                f"--{field.name.replace('_', '-')} {value} is out of range; give a number from {low} to {high}"
-            )
+    given = read_command_line(args_class, defaults, argv)
     args = resumed_args(args_class, given) if "resume" in given else args_class(**given)
     cuda = torch.cuda.is_available()
     if args.model is None:
@@ -1044,14 +1028,14 @@ def parse_args(args_class, defaults, argv=None):
     args.family, _, _ = find_family(args.model)
     args.device = args.device or ("cuda" if cuda else "cpu")
     try:
-        torch.zeros(1, device=local_device(args.device)).item()
+        take_gpu(args.device)
+        torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:
-        raise StopRun(f"--device {local_device(args.device)} cannot be used here ({brief(error)}); give another")
-    own_prompts = str(TINY / "prompts.txt")
-    if args.prompts is None and args.family != "tiny":
-        raise StopRun("a model other than tiny needs prompts; give --prompts FILE, one prompt a line")
-    args.prompts = args.prompts or own_prompts
-    if args.prompts == own_prompts:
+        raise StopRun(f"--device {args.device} cannot be used here ({brief(error)}); give another")
+    if args.prompts is None:
+        if args.family != "tiny":
+            raise StopRun("a model other than tiny needs prompts; give --prompts FILE, one prompt a line")
+        args.prompts = str(TINY / "prompts.txt")
         args.eval_prompts = args.eval_prompts or str(TINY / "eval_prompts.txt")
     prompts_hashes(args)  # which reads them
     args.noise_level = args.noise_level or {"dance": 0.3, "cps": 0.8}.get(args.sde)  # [DG], [CPS]; flow: by model
@@ -1076,8 +1060,7 @@ def resumed_args(args_class, given):
     folder, script = given.pop("resume"), Path(sys.argv[0]).stem
     if others := sorted(given.keys() - {"iterations", "save_every", "wandb"}):
         raise StopRun(
-            f"--{others[0].replace('_', '-')} cannot stand beside --resume, which takes every setting from "
-            f"{folder}; leave it out or start a new run"
+            f"--{others[0].replace('_', '-')} cannot stand beside --resume, which takes all settings from there"
         )
     try:
         config = json.loads(Path(folder, "config.json").read_text("utf-8"))
@@ -1086,11 +1069,10 @@ def resumed_args(args_class, given):
         if config["settings"].keys() != args_class.__dataclass_fields__.keys() or not dict(config["versions"]):
             raise ValueError(f"of another version of {script}.py, commit {config.get('commit')}")
         args = args_class(**config["settings"] | given | {"resume": folder, "output": folder})
-        changed = prompts_hashes(args) != config["prompts_sha256"]
+        if prompts_hashes(args) != config["prompts_sha256"]:
+            raise ValueError("the files of --prompts or --eval-prompts have changed since it began")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StopRun(f"--resume {folder} is no run that {script}.py can go on with ({brief(error)}); start a new one")
-    if changed:
-        raise StopRun(f"--prompts or --eval-prompts have changed since {folder} began; restore them or start a new run")
     return args
 
 
@@ -1098,14 +1080,11 @@ def read_prompts(path):
     """Prompts of a UTF-8 text file, one a line; blank lines and lines that start with # are skipped."""
     try:
         text = Path(path).read_text("utf-8-sig")
-    except OSError as error:
-        raise StopRun(f"prompts file {path} cannot be read ({error.strerror}); give a text file, one prompt a line")
-    except UnicodeDecodeError as error:
-        raise StopRun(f"prompts file {path} is not UTF-8 text (byte {error.start}); save it as UTF-8")
-    if "\0" in text:
-        raise StopRun(f"prompts file {path} has a NUL character, so it is no text; save it as UTF-8")
-    prompts = [line.strip() for line in text.split("\n")]
-    prompts = [line for line in prompts if line and not line.startswith("#")]
+        if "\0" in text:
+            raise ValueError("it has a NUL character")
+    except (OSError, ValueError) as error:
+        raise StopRun(f"prompts file {path} cannot be read or is not UTF-8 text ({brief(error)}); give a text file")
+    prompts = [prompt for line in text.split("\n") if (prompt := line.strip()) and not prompt.startswith("#")]
     if not prompts:
         raise StopRun(f"prompts file {path} has no prompts; write one a line")
     return prompts
@@ -1122,18 +1101,15 @@ def parse_sde_steps(args):
     "early" is the first half of --steps, "0,1,2" are those three, "3" is three drawn in each iteration, "3," is step 3.
     """
     spec, every = args.sde_steps, list(range(args.steps - 1))
-    if spec in ("all", "early"):
-        steps = every if spec == "all" else every[: args.steps // 2]
-        return steps, len(steps)
-    with suppress(ValueError):
-        numbers = [int(part) for part in spec.rstrip(",").split(",")]
-        if "," in spec and sorted(set(numbers)) == numbers and set(numbers) <= set(every):
-            return numbers, len(numbers)
-        if "," not in spec and 1 <= numbers[0] <= len(every):
-            return every, numbers[0]
+    if spec == "early":
+        every, spec = every[: args.steps // 2], "all"
+    with suppress(ValueError):  # of what is no number
+        steps = [int(part) for part in spec.rstrip(",").split(",")] if "," in spec else every
+        count = len(steps) if "," in spec or spec == "all" else int(spec)
+        if steps == sorted({*steps} & {*every}) and 1 <= count <= len(steps):
+            return steps, count
     raise StopRun(
-        f"--sde-steps {spec} is neither all, early, nor a rising list within 0 to {every[-1]} such as 0,1,2, nor how "
-        f"many are drawn; step {args.steps - 1}, the last, is always the ODE's"
+        f"--sde-steps {spec} is neither all, early, a rising list within 0 to {every[-1]}, nor how many to draw"
     )
 
 
@@ -1144,59 +1120,56 @@ def split_batch(args, each, group=None, branches=1, usual=8):
     """
     P, U, group = args.prompts_per_iteration, args.updates_per_iteration, group or each
     if P * each % U or (PROCESSES > 1 and P % (PROCESSES * U)):
-        raise StopRun(
-            f"{P} prompts x {each} = {P * each} trajectories do not divide into {U} updates, or the prompts not "
-            f"into {PROCESSES} processes x {U}; change --prompts-per-iteration or --updates-per-iteration"
-        )
+        numbers = f"{P} prompts x {each} = {P * each} trajectories in {U} updates on {PROCESSES} processes"
+        raise StopRun(f"{numbers} do not divide; change --prompts-per-iteration or --updates-per-iteration")
     if P * each * branches > 10**6:
-        raise StopRun(
-            f"{P * each * branches} trajectories an iteration are more than 1,000,000; lower one of its factors"
-        )
+        raise StopRun(f"{P * each * branches} trajectories an iteration are over 1,000,000; lower one of its factors")
     if group < usual:
-        print(f"warning: groups of {group} give noisy advantages; {usual} or more are usual", file=sys.stderr)
+        warn(f"groups of {group} give noisy advantages; {usual} or more are usual")
     return P * each // PROCESSES
 
 
 def load_rewards(args, get_reward):
-    """args.reward and args.eval_reward (or None), after checking that both can read every prompt."""
-    options = local_device(args.device), args.reward_offload
-    rewards = [get_reward(spec, *options) if spec else None for spec in (args.reward, args.eval_reward)]
+    """args.reward and args.eval_reward (or None), loaded, after checking that both can read every prompt."""
+    rewards = [
+        get_reward(spec, args.device, args.reward_offload) if spec else None for spec in (args.reward, args.eval_reward)
+    ]
     for reward in filter(None, rewards):
         reward.check(read_prompts(args.prompts) + read_prompts(args.eval_prompts or args.prompts))
+        reward.load()
     return rewards
 
 
 def print_plan(args, count, sigmas, s, chosen, weight=None, branches=1):
     """The batch arithmetic in a line, and a table of the steps. chosen: those that may be random; weight: (T - 1,)."""
     P, U, count = args.prompts_per_iteration, args.updates_per_iteration, count * PROCESSES
-    print(
-        f"{args.iterations} iterations of {P} prompts x {count // P} = {count} trajectories x {branches} branches; {U} "
-        f"updates of {count // U} trajectories; {args.micro_batch} latents at a time"
-    )
+    each, part, weight = count // P, count // U, torch.ones_like(s) if weight is None else weight
+    print(f"{args.iterations} iterations of {P} prompts x {each} = {count} trajectories x {branches} branches;")
+    print(f"{U} updates of {part} trajectories; {args.micro_batch} latents at a time", flush=True)
     print("step   sigma   Delta       s     std  weight")
     for n, delta in enumerate(-sigmas.diff()):
-        random = (
-            f"{s[n]:6.4f}  {s[n] * delta.sqrt():6.4f}  {1 if weight is None else weight[n]:6.4f}"
-            if n in chosen
-            else "ODE"
-        )
+        random = f"{s[n]:6.4f}  {s[n] * delta.sqrt():6.4f}  {weight[n]:6.4f}" if n in chosen else "ODE"
         print(f"{n:4d}  {sigmas[n]:6.4f}  {delta:6.4f}  {random}", flush=True)
 
 
 def run_script(main, args_class, defaults):
     """Run a script's main; every end but a bug is one line on standard error and an exit status, no traceback."""
     try:
-        args = parse_args(args_class, defaults)
-        join_processes(args)
-        main(args)
+        with quiet():
+            args = parse_args(args_class, defaults)
+            join_processes(args)
+            main(args)
     except Exception as error:
         message, status = str(error), getattr(error, "exit_status", 1)  # rewards' errors have one too
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in message:
             message = "out of memory; lower --micro-batch or set --gradient-checkpointing, then go on with --resume"
-        elif isinstance(error, OSError):
-            message = f"{error.strerror or error}: {error.filename or ''}; the last checkpoint stands, see --resume"
+        elif isinstance(error, OSError | SafetensorError):  # the latter is safetensors' word for a full disk
+            message = f"{message}; the last checkpoint stands, see --resume"
         elif not hasattr(error, "exit_status"):
             raise
-        if RANK == 0 or status == 1:  # what stops one process alone is told by that one
-            print(("error: " if status < 128 else "") + " ".join(message.split()), file=sys.stderr)
+        if RANK > 0 and status > 128:
+            sys.exit()  # the first tells it and may still be saving: torchrun ends it where another's status is not 0
+        if RANK > 0:
+            time.sleep(10)  # the first may find the same and tells it; torchrun then ends this one
+        print(("error: " if status < 128 else "") + " ".join(message.split()), file=sys.stderr)
         sys.exit(status)

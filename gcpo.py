@@ -12,7 +12,7 @@ A transition is one random step of the sampler. Notation: common.py. Sources in 
 from dataclasses import dataclass
 
 import common
-from common import group_advantage, log_prob, noise_scale, option, sde_mean_std
+from common import DTYPES, group_advantage, log_prob, noise_scale, option, sde_mean_std
 from rewards import get_reward
 
 import torch
@@ -34,38 +34,28 @@ class Args:
     updates_per_iteration: int = option(2, "U, optimizer steps a rollout, each on its share of the images", low=1)
     micro_batch: int | None = option(None, "M, latents in one forward: time for memory, nothing else", low=1)
     steps: int | None = option(None, "T, sampling steps", low=2, high=1000, group="rollout")
-    sde_steps: str | None = option(
-        None, "which are random: all, early (the first half), a list 0,1,2, or how many are drawn"
-    )
+    sde_steps: str | None = option(None, "random ones: all, early (the first half), a list 0,1,2, or how many to draw")
     sde: str = option("flow", "the random step: Flow-GRPO's, DanceGRPO's, Flow-CPS's", choices=("flow", "dance", "cps"))
-    noise_level: float | None = option(
-        None, "a or eta of --sde; 0.3 for dance, 0.8 for cps, for flow", low=1e-6, high=10
-    )
+    noise_level: float | None = option(None, "a or eta; 0.3 for dance, 0.8 for cps, for flow", low=1e-6, high=10)
     guidance: float | None = option(None, "classifier-free guidance, off at 1", high=100)
     resolution: int | None = option(None, "pixels a side", low=8, high=8192)
     shared_noise: bool = option(False, "one initial noise for a whole group, as DanceGRPO has it")
     learning_rate: float | None = option(None, "of AdamW", low=1e-12, high=10, group="update")
     clip_range: float | None = option(None, "c, the ratio is clipped to 1 +- c", low=1e-12, high=1)
     adv_clip: float = option(5.0, "largest advantage", low=1e-6)
-    adv_std: str = option(
-        "group", "what the advantage is divided by: std of the group, or of all", choices=("group", "batch")
-    )
+    adv_std: str = option("group", "advantage divided by the std of the group, or of all", choices=("group", "batch"))
     kl_coef: float = option(0.0, "beta, weight of the KL to the base model; 0 saves its forward passes")
     max_grad_norm: float = option(1.0, "the gradient's norm is clipped to this", low=1e-12)
     ema_decay: float | None = option(None, "moving average of the adapter, off at 0", high=0.999999)
     # GCPO: what is a chunk, and which of them are trained
-    chunks: str | None = option(None, "adaptive, or the sizes, which add up to the random steps: 2,3,4", group="chunks")
+    chunks: str | None = option(None, "adaptive, or sizes that add up to the random steps: 2,3", group="chunks")
     chunk_max: int = option(4, "adaptive chunks are cut until no longer; [GC] gives no number", low=1, high=1000)
     chunk_fraction: float | None = option(None, "share of a trajectory's chunks that is trained", low=1e-6, high=1)
     weighted_sampling: bool = option(False, "draw chunks by their mean L1rel, not uniformly")
     eval_hybrid: float = option(1.0, "evaluate with the adapter in this first share of steps", low=1e-6, high=1)
     lora_rank: int | None = option(None, "of the adapter", low=1, high=4096, group="model")
     lora_alpha: float | None = option(None, "of the adapter, which is scaled by alpha / rank", low=1e-6)
-    dtype: str | None = option(
-        None,
-        "of the frozen weights; default: bfloat16 on CUDA, float32 for tiny and on a CPU",
-        choices=tuple(common.DTYPES),
-    )
+    dtype: str | None = option(None, "of frozen weights; default: bfloat16 on CUDA, else float32", choices=[*DTYPES])
     device: str | None = option(None, "default: cuda if there is one, else cpu")
     gradient_checkpointing: bool = option(False, "less memory in training, a third more time")
     compile: bool = option(False, "torch.compile the transformer's blocks")
@@ -79,33 +69,27 @@ class Args:
     wandb: str | None = option(None, "project to log to as well; needs the package wandb")
 
 
-# Settings that depend on the model, as in grpo.py; steps, noise, clip range and evaluation of FLUX.1 are from [GC], with
-# a LoRA as [DG] has it. [GC] trains half of the chunks; tiny trains all of its few.
+# Settings that depend on the model, as in grpo.py; FLUX.1 has steps, noise, clip range and evaluation of [GC], and the
+# LoRA of [DG]. [GC] trains half of the chunks; tiny trains both that it has.
+SD3 = dict(
+    iterations=210, prompts_per_iteration=16, group_size=16, micro_batch=3,
+    steps=10, sde_steps="early", guidance=1.0, resolution=512, noise_level=0.7,
+    learning_rate=3e-4, clip_range=1e-4, ema_decay=0.9, lora_rank=32, lora_alpha=64.0,
+    chunks="adaptive", chunk_fraction=0.5, eval_every=30, eval_steps=40, eval_seeds=1,
+)  # fmt: skip
 DEFAULTS = {
     "tiny": dict(
-        iterations=120, prompts_per_iteration=8, group_size=12, micro_batch=48,
+        iterations=140, prompts_per_iteration=8, group_size=12, micro_batch=48,
         steps=10, sde_steps="early", guidance=1.0, resolution=32, noise_level=0.7,
         learning_rate=1e-3, clip_range=1e-3, ema_decay=0.9, lora_rank=16, lora_alpha=32.0,
         chunks="2,3", chunk_fraction=1.0, eval_every=10, eval_steps=10, eval_seeds=4,
     ),
-    "sd3": dict(
-        iterations=210, prompts_per_iteration=16, group_size=16, micro_batch=3,
-        steps=10, sde_steps="early", guidance=1.0, resolution=512, noise_level=0.7,
-        learning_rate=3e-4, clip_range=1e-4, ema_decay=0.9, lora_rank=32, lora_alpha=64.0,
-        chunks="adaptive", chunk_fraction=0.5, eval_every=30, eval_steps=40, eval_seeds=1,
+    "sd3": SD3,
+    "flux": SD3 | dict(
+        iterations=150, prompts_per_iteration=12, group_size=12, micro_batch=2, steps=17, guidance=3.5,
+        clip_range=5e-5, ema_decay=0.0, lora_rank=128, lora_alpha=256.0, eval_steps=50
     ),
-    "flux": dict(
-        iterations=150, prompts_per_iteration=12, group_size=12, micro_batch=2,
-        steps=17, sde_steps="early", guidance=3.5, resolution=512, noise_level=0.7,
-        learning_rate=3e-4, clip_range=5e-5, ema_decay=0.0, lora_rank=128, lora_alpha=256.0,
-        chunks="adaptive", chunk_fraction=0.5, eval_every=30, eval_steps=50, eval_seeds=1,
-    ),
-    "flux2": dict(
-        iterations=120, prompts_per_iteration=8, group_size=12, micro_batch=1,
-        steps=10, sde_steps="early", guidance=1.0, resolution=512, noise_level=0.7,
-        learning_rate=3e-4, clip_range=1e-4, ema_decay=0.9, lora_rank=32, lora_alpha=64.0,
-        chunks="adaptive", chunk_fraction=0.5, eval_every=30, eval_steps=50, eval_seeds=1,
-    ),
+    "flux2": SD3 | dict(iterations=120, prompts_per_iteration=8, group_size=12, micro_batch=1, eval_steps=50),
 }  # fmt: skip
 
 
@@ -153,14 +137,10 @@ def parse_chunks(args, sde_steps, drawn):
         raise common.StopRun(f"--sde-steps {args.sde_steps} must be consecutive steps here, which chunks are cut of")
     if args.chunks == "adaptive":
         return None
-    try:
-        sizes = [int(size) for size in args.chunks.split(",")]
-    except ValueError:
-        raise common.StopRun(f"--chunks {args.chunks!r} is neither adaptive nor a list of sizes; write --chunks 2,3,4")
+    sizes = [int(size) if size.isdecimal() else 0 for size in args.chunks.split(",")]
     if min(sizes) < 1 or sum(sizes) != K:
-        raise common.StopRun(
-            f"--chunks {args.chunks} adds up to {sum(sizes)}; sizes from 1 on must add up to {K}, the random steps"
-        )
+        wanted = f"a list of sizes from 1 on, which must add up to {K}"
+        raise common.StopRun(f"--chunks {args.chunks} is neither adaptive nor {wanted}, the random steps")
     return sizes
 
 
@@ -170,8 +150,7 @@ def adaptive_chunks(l1rel, longest, order=1):
     l1rel: (n,) tensor. A step has the sign of the order-th difference that ends at it; a zero (up to rounding) keeps
     the sign before, the first steps take the first sign there is. A sign that never changes splits at the midpoint,
     rounded down. Chunks of more than `longest` are cut again, by the next order. ([GC] tells no edges and no `longest`;
-    its code has fixed sizes only.) Example: 9 8 6 7 9, longest 3: differences -1 -2 1 2 give signs - - - + +, so sizes
-    [3, 2].
+    its code has fixed sizes only.) Example: 9 8 6 7 9, longest 3: differences -1 -2 1 2, signs - - - + +, sizes [3, 2].
     """
     if len(l1rel) <= longest:
         return [len(l1rel)]
@@ -187,20 +166,19 @@ def adaptive_chunks(l1rel, longest, order=1):
 def draw_chunks(l1rel, sizes, fraction, weighted, dice):
     """Draw chunks of a trajectory without replacement, uniformly or by their mean L1rel [GC] eq. 17.
 
-    l1rel: (K,); sizes: those of its chunks; dice: (K,) exponentially distributed numbers, of which each chunk has one:
-    the largest weight / number are drawn, as torch.multinomial does it. Returns (K, K): 1 / size where two steps share
-    a drawn chunk, else 0.
+    l1rel: (K,); sizes: of its chunks; dice: (K,) exponential numbers, one a chunk: the largest weight / number are
+    drawn, as torch.multinomial does it. Returns (K, K): 1 / size where two steps share a drawn chunk, else 0.
     """
     weight = torch.stack([piece.mean() if weighted else torch.ones(()) for piece in l1rel.split(sizes)])
     drawn = (weight / dice[: len(sizes)]).topk(max(1, int(fraction * len(sizes) + 0.5))).indices.tolist()
     return torch.block_diag(*(torch.full((n, n), (j in drawn) / n) for j, n in enumerate(sizes)))
 
 
-def chunk_metrics(l1rel, chunks, group_size, path):
-    """What the chunks were, also as a chart. l1rel: (N, K), chunks: N lists of sizes.
+def chunk_metrics(l1rel, chunks, group_size):
+    """What the chunks were. l1rel: (N, K), chunks: N lists of sizes.
 
-    chunk_cuts: share of trajectories with a cut before each step but the first. l1rel_prompt_share: share of the
-    variance of L1rel that lies between prompts, 1 / group_size by chance if the curve does not depend on them.
+    chunk_cuts: share of trajectories with a cut before each step. l1rel_prompt_share: share of the variance of L1rel
+    that lies between prompts, 1 / group_size by chance if the curve does not depend on them.
     """
     cut = torch.zeros_like(l1rel)
     for row, sizes in zip(cut, chunks):
@@ -208,9 +186,7 @@ def chunk_metrics(l1rel, chunks, group_size, path):
     l1rel, cut = (common.gather(rows.unflatten(0, (-1, group_size))) for rows in (l1rel, cut))  # (P, G, K)
     between = l1rel.mean(1).var(0, correction=0) / l1rel.var((0, 1), correction=0)
     curve, cuts = l1rel.mean((0, 1)).tolist(), cut.mean((0, 1)).tolist()
-    charts = {"mean L1rel of the random steps": curve, "share of trajectories cut before the step": cuts}
-    common.plot({title: {"": list(enumerate(values))} for title, values in charts.items()}, "random step", path)
-    return {"l1rel_by_step": curve, "chunk_cuts": cuts[1:], "l1rel_prompt_share": between.tolist()}
+    return {"l1rel_by_step": curve, "chunk_cuts": cuts, "l1rel_prompt_share": between.tolist()}
 
 
 def main(args):
@@ -249,9 +225,8 @@ def main(args):
                 chunks = [sizes or adaptive_chunks(curve, args.chunk_max) for curve in l1rel]
                 dice = common.share(torch.empty(P, G, len(x)).exponential_(generator=generator)).flatten(0, 1)
                 options = args.chunk_fraction, args.weighted_sampling
-                drawn_chunks = [draw_chunks(*one, *options, numbers) for *one, numbers in zip(l1rel, chunks, dice)]
-                mates = torch.stack(drawn_chunks)
-                mates = mates.to(x.device)  # (N, K, K) 1 / size where two steps share a drawn chunk, else 0
+                mates = [draw_chunks(*one, *options, numbers) for *one, numbers in zip(l1rel, chunks, dice)]
+                mates = torch.stack(mates).to(x.device)  # (N, K, K) 1 / size where two steps share a drawn chunk
                 own = mates.diagonal(dim1=1, dim2=2)  # (N, K) 1 / size of a step's chunk, 0 if it is not trained
                 count = own.sum(1).round()  # (N,) chunks trained
 
@@ -272,9 +247,8 @@ def main(args):
                     # the first update the old ones; later they take a forward, but not for a chunk of one.
                     step, image = own[part].T.nonzero().T
                     image, new_logp = part[image], old_logp.clone()
-                    others = (own[image, step] < 1).nonzero()[:, 0] if update > 0 else ()
-                    for start in range(0, len(others), policy.micro_batch):
-                        mb = others[start : start + policy.micro_batch]
+                    others = (own[image, step] < 1).nonzero()[:, 0] if update > 0 else step[:0]
+                    for mb in filter(len, others.split(policy.micro_batch)):
                         with torch.no_grad():
                             now = transition_logp(policy, text, owner, levels, args.sde, x, x_next, step[mb], image[mb])
                         new_logp[step[mb], image[mb]] = now[0]
@@ -315,7 +289,7 @@ def main(args):
                     stats.add(grad_norm=grad_norm)
 
             # log
-            chunk_stats = chunk_metrics(l1rel, chunks, G, run.folder / "samples" / "chunks.png")  # GCPO
+            chunk_stats = chunk_metrics(l1rel, chunks, G)  # GCPO
             run.log(iteration, rewards, parts, zero_std_groups, stats, **chunk_stats)
 
 

@@ -12,7 +12,7 @@ A transition is one random step of the sampler. Notation: common.py. Sources in 
 from dataclasses import dataclass
 
 import common
-from common import group_advantage, log_prob, noise_scale, option, sde_drift_std, sde_mean_std
+from common import DTYPES, group_advantage, log_prob, noise_scale, option, sde_drift_std, sde_mean_std
 from rewards import get_reward
 
 import torch
@@ -38,31 +38,21 @@ class Args:
     updates_per_iteration: int = option(2, "U, optimizer steps a rollout, each on its share of the images", low=1)
     micro_batch: int | None = option(None, "M, latents in one forward: time for memory, nothing else", low=1)
     steps: int | None = option(None, "T, sampling steps", low=2, high=1000, group="rollout")
-    sde_steps: str | None = option(
-        None, "where branches leave: all, early (the first half), a list 0,1,2, or how many drawn"
-    )
+    sde_steps: str | None = option(None, "to branch at: all, early (the first half), a list 0,1,2, or how many to draw")
     sde: str = option("flow", "the random step: Flow-GRPO's, DanceGRPO's, Flow-CPS's", choices=("flow", "dance", "cps"))
-    noise_level: float | None = option(
-        None, "a or eta of --sde; 0.3 for dance, 0.8 for cps, for flow", low=1e-6, high=10
-    )
+    noise_level: float | None = option(None, "a or eta; 0.3 for dance, 0.8 for cps, for flow", low=1e-6, high=10)
     guidance: float | None = option(None, "classifier-free guidance, off at 1", high=100)
     resolution: int | None = option(None, "pixels a side", low=8, high=8192)
     learning_rate: float | None = option(None, "of AdamW", low=1e-12, high=10, group="update")
     clip_range: float | None = option(None, "c, the ratio is clipped to 1 +- c", low=1e-12, high=1)
     adv_clip: float = option(5.0, "largest advantage", low=1e-6)
-    adv_std: str = option(
-        "group", "what the advantage is divided by: std of the group, or of all", choices=("group", "batch")
-    )
+    adv_std: str = option("group", "advantage divided by the std of the group, or of all", choices=("group", "batch"))
     kl_coef: float = option(0.0, "beta, weight of the KL to the base model; 0 saves its forward passes")
     max_grad_norm: float = option(1.0, "the gradient's norm is clipped to this", low=1e-12)
     ema_decay: float | None = option(None, "moving average of the adapter, off at 0", high=0.999999)
     lora_rank: int | None = option(None, "of the adapter", low=1, high=4096, group="model")
     lora_alpha: float | None = option(None, "of the adapter, which is scaled by alpha / rank", low=1e-6)
-    dtype: str | None = option(
-        None,
-        "of the frozen weights; default: bfloat16 on CUDA, float32 for tiny and on a CPU",
-        choices=tuple(common.DTYPES),
-    )
+    dtype: str | None = option(None, "of frozen weights; default: bfloat16 on CUDA, else float32", choices=[*DTYPES])
     device: str | None = option(None, "default: cuda if there is one, else cpu")
     gradient_checkpointing: bool = option(False, "less memory in training, a third more time")
     compile: bool = option(False, "torch.compile the transformer's blocks")
@@ -78,31 +68,22 @@ class Args:
 
 # Settings that depend on the model, as in grpo.py: here [TF]'s. Branches leave at few early steps of the large models,
 # as each costs the rest of the way. [TF] has 4 seeds x 6 branches.
+SD3 = dict(
+    iterations=180, prompts_per_iteration=16, seeds_per_prompt=1, branches=12, micro_batch=3,
+    steps=10, sde_steps="0,1,2", guidance=1.0, resolution=512, noise_level=0.7,
+    learning_rate=3e-4, clip_range=1e-4, ema_decay=0.9, lora_rank=32, lora_alpha=64.0,
+    eval_every=30, eval_steps=40, eval_seeds=1,
+)  # fmt: skip
 DEFAULTS = {
     "tiny": dict(
-        iterations=200, prompts_per_iteration=4, seeds_per_prompt=2, branches=6, micro_batch=48,
+        iterations=220, prompts_per_iteration=4, seeds_per_prompt=2, branches=6, micro_batch=48,
         steps=10, sde_steps="all", guidance=1.0, resolution=32, noise_level=0.7,
         learning_rate=1e-3, clip_range=3e-4, ema_decay=0.9, lora_rank=16, lora_alpha=32.0,
         eval_every=10, eval_steps=10, eval_seeds=4,
     ),
-    "sd3": dict(
-        iterations=180, prompts_per_iteration=16, seeds_per_prompt=1, branches=12, micro_batch=3,
-        steps=10, sde_steps="0,1,2", guidance=1.0, resolution=512, noise_level=0.7,
-        learning_rate=3e-4, clip_range=1e-4, ema_decay=0.9, lora_rank=32, lora_alpha=64.0,
-        eval_every=30, eval_steps=40, eval_seeds=1,
-    ),
-    "flux": dict(
-        iterations=150, prompts_per_iteration=16, seeds_per_prompt=1, branches=12, micro_batch=2,
-        steps=10, sde_steps="0,1,2", guidance=3.5, resolution=512, noise_level=0.9,
-        learning_rate=3e-4, clip_range=1e-4, ema_decay=0.9, lora_rank=32, lora_alpha=64.0,
-        eval_every=30, eval_steps=40, eval_seeds=1,
-    ),
-    "flux2": dict(
-        iterations=120, prompts_per_iteration=8, seeds_per_prompt=1, branches=12, micro_batch=1,
-        steps=10, sde_steps="0,1", guidance=1.0, resolution=512, noise_level=0.7,
-        learning_rate=3e-4, clip_range=1e-4, ema_decay=0.9, lora_rank=32, lora_alpha=64.0,
-        eval_every=30, eval_steps=50, eval_seeds=1,
-    ),
+    "sd3": SD3,
+    "flux": SD3 | dict(iterations=150, micro_batch=2, guidance=3.5, noise_level=0.9),
+    "flux2": SD3 | dict(iterations=120, prompts_per_iteration=8, micro_batch=1, sde_steps="0,1", eval_steps=50),
 }  # fmt: skip
 
 
@@ -176,8 +157,8 @@ def transition_logp(policy, text, owner, levels, sde, x, x_next, step, image):
 
 
 # TempFlow: what a step is worth
-def step_metrics(chosen, rewards, gradient, weight, path):
-    """Credit by step, also as a chart.
+def step_metrics(chosen, rewards, gradient, weight):
+    """Credit by step.
 
     rewards: (K, N, B). reward_std_by_step: std over the branches of a state, averaged [TF] figure 2. gradient, weight:
     (K,) size of d logp / d velocity, and the steps' weights; logged without and with them, with mean 1.
@@ -186,7 +167,6 @@ def step_metrics(chosen, rewards, gradient, weight, path):
     metrics = {"reward_std_by_step": spread, "gradient_by_step": gradient / gradient.mean()}
     metrics |= {"gradient_by_step_weighted": pull / pull.mean()}
     metrics = {name: values.tolist() for name, values in metrics.items()}
-    common.plot({name: {"": list(zip(chosen, values))} for name, values in metrics.items()}, "step", path)
     return {"branch_steps": chosen} | metrics
 
 
@@ -270,8 +250,7 @@ def main(args):
                     stats.add(grad_norm=grad_norm)
 
             # log
-            gradient, chart = gradient_scale(*levels, args.sde), run.folder / "samples" / "steps.png"  # TempFlow
-            credit = step_metrics(chosen, rewards.view(-1, N, B), gradient, weight, chart)
+            credit = step_metrics(chosen, rewards.view(-1, N, B), gradient_scale(*levels, args.sde), weight)  # TempFlow
             run.log(iteration, rewards, parts, zero_std_groups, stats, **credit)
 
 

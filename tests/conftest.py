@@ -21,9 +21,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tiny"), str(ROOT / "tests")]
 import common  # noqa: E402
 
 SCRIPTS = ("grpo", "gcpo", "tempflow_grpo")
-QUICK = (
-    "--prompts-per-iteration 2 --eval-seeds 1 --eval-every 100 --lora-rank 4 --micro-batch 8 --steps 5 --eval-steps 2"
-)
+QUICK = "--prompts-per-iteration 2 --micro-batch 8 --steps 5 --sde-steps all --ema-decay 0 --lora-rank 4"
+QUICK += " --eval-seeds 1 --eval-every 100 --eval-steps 2"
+OWN = {"grpo": "--group-size 4", "gcpo": "--group-size 4 --chunks adaptive --chunk-fraction 0.5"}
+OWN["tempflow_grpo"] = "--seeds-per-prompt 2 --branches 3"
 
 
 slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="minutes; SLOW=1 runs it, as CI does")
@@ -31,8 +32,7 @@ slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="minutes; SLOW=1 ru
 
 def small(script):
     """Options of a run that takes seconds."""
-    group = "--seeds-per-prompt 2 --branches 3" if script == "tempflow_grpo" else "--group-size 4"
-    return [*QUICK.split(), *group.split()]
+    return [*QUICK.split(), *OWN.get(script, OWN["grpo"]).split()]
 
 
 def cli(script, *options, cwd=ROOT, **kwargs):
@@ -41,35 +41,31 @@ def cli(script, *options, cwd=ROOT, **kwargs):
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=600, **kwargs)
 
 
-def here(script, *options):
-    """Like cli, in this process, which saves the time of the imports."""
-    module, argv, errors, status = importlib.import_module(script), sys.argv, io.StringIO(), 0
+def run_main(script, *options):
+    """Run a script in this process, as its command line does: returns the exit status."""
+    module, argv = importlib.import_module(script), sys.argv
     sys.argv = [f"{script}.py", *map(str, options)]
     try:
-        with contextlib.redirect_stderr(errors):
-            common.run_script(module.main, module.Args, module.DEFAULTS)
+        common.run_script(module.main, module.Args, module.DEFAULTS)
     except SystemExit as end:
-        status = end.code or 0
+        return end.code or 0
     finally:
         sys.argv = argv
-    return SimpleNamespace(returncode=status, stderr=errors.getvalue())
+    return 0
+
+
+def here(script, *options):
+    """Like cli, in this process, which saves the time of the imports."""
+    out, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        status = run_main(script, *options)
+    return SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=errors.getvalue())
 
 
 def metrics(folder, times=True):
     """The lines of a run's metrics.jsonl; without times, what must be the same in two runs."""
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     return lines if times else [{k: v for k, v in line.items() if not k.endswith("_s")} for line in lines]
-
-
-def run_main(monkeypatch, script, *options):
-    """Run a script in this process, as its command line does: returns the exit status."""
-    module = importlib.import_module(script)
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, options)])
-    try:
-        common.run_script(module.main, module.Args, module.DEFAULTS)
-    except SystemExit as end:
-        return end.code or 0
-    return 0
 
 
 def state(folder):
@@ -94,11 +90,16 @@ def assert_same_run(one, other):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, name
 
 
+def errors(text):
+    """The lines on standard error that are not warnings: bad input must give one."""
+    return [line for line in text.splitlines() if not line.startswith("warning: ")]
+
+
 class DoublePolicy(common.Policy):
     """The policy in float64, so that a gradient can be compared to many digits."""
 
-    def __init__(self, args, **kwargs):
-        super().__init__(args, **kwargs)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self.transformer.double()
 
     def encode(self, prompts):
@@ -109,52 +110,52 @@ class DoublePolicy(common.Policy):
 def record(monkeypatch, tmp_path):
     """A function that runs a script's main in this process and records what its loop did.
 
-    record(module, *options) -> namespace with policy, rollouts (arguments and results), advantages, chunks, and
-    updates: for each optimizer step the weights before it and the gradients.
+    record(module, *options) -> namespace with args, folder, policy; rollouts, advantages, chunks: (arguments, result)
+    of each call of rollout, group_advantage and draw_chunks; updates: for each optimizer step the weights before it and
+    the gradients; images: the pictures of each grid.
     """
 
     def run(module, *options, double=True):
         seen = SimpleNamespace(rollouts=[], advantages=[], chunks=[], updates=[], policy=None, images=[])
 
-        def keep(name, into):
-            original = getattr(module, name)
+        def keep(owner, name, into):
+            original = getattr(owner, name)
 
             def wrapped(*args, **kwargs):
                 result = original(*args, **kwargs)
                 into.append((args, result))
                 return result
 
-            monkeypatch.setattr(module, name, wrapped)
+            monkeypatch.setattr(owner, name, wrapped)
 
-        keep("rollout", seen.rollouts)
-        keep("group_advantage", seen.advantages)
+        keep(module, "rollout", seen.rollouts)
+        keep(module, "group_advantage", seen.advantages)
+        keep(common, "save_pictures", grids := [])
         if hasattr(module, "draw_chunks"):
-            keep("draw_chunks", seen.chunks)
-        base = DoublePolicy if double else common.Policy
+            keep(module, "draw_chunks", seen.chunks)
+        policy_class = DoublePolicy if double else common.Policy
+        original_clip = policy_class.clip_gradients
 
-        def make_policy(args, **kwargs):
-            seen.policy = base(args, **kwargs)
+        def make(*args, **kwargs):
+            seen.policy = policy_class(*args, **kwargs)
             return seen.policy
 
-        original_update = common.Run.update
+        def clip_gradients(self, max_norm):
+            weights = [p.detach().clone() for p in self.parameters]
+            seen.updates.append((weights, [p.grad / self.loss_scale for p in self.parameters]))
+            return original_clip(self, max_norm)
 
-        def update(self):
-            weights = [p.detach().clone() for p in self.policy.parameters]
-            seen.updates.append((weights, [p.grad.clone() for p in self.policy.parameters]))
-            return original_update(self)
-
-        original_grid = common.picture_grid
-        monkeypatch.setattr(
-            common, "picture_grid", lambda i, *a, **k: (seen.images.append(i), original_grid(i, *a, **k))
-        )
-        monkeypatch.setattr(common, "Policy", make_policy)
-        monkeypatch.setattr(common.Run, "update", update)
+        monkeypatch.setattr(policy_class, "clip_gradients", clip_gradients)
+        monkeypatch.setattr(common, "Policy", make)
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py"])
-        folder = tmp_path / f"{module.__name__}{len(os.listdir(tmp_path))}"
-        options = [*small(module.__name__), "--output", folder, *options]
-        args = common.parse_args(module.Args, module.DEFAULTS, [str(option) for option in options])
-        module.main(args)
-        seen.args, seen.folder = args, folder
+        seen.folder = tmp_path / f"{module.__name__}{len(os.listdir(tmp_path))}"
+        monkeypatch.setattr(common, "plot", lambda *args: None)  # which takes as long as all else
+        prompts = tmp_path / "eval_prompts.txt"
+        prompts.write_text("a red circle\ntwo blue squares\n")
+        options = [*small(module.__name__), "--output", seen.folder, "--eval-prompts", prompts, *options]
+        seen.args = common.parse_args(module.Args, module.DEFAULTS, [str(option) for option in options])
+        module.main(seen.args)
+        seen.images = [args[0] for args, _ in grids]
         monkeypatch.undo()
         return seen
 

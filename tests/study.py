@@ -1,13 +1,16 @@
-"""The study of the README: which algorithm is better on the tiny model, at equal cost, with error bars.
+"""The study: which algorithm is better on the tiny model, at equal cost, with error bars.
 
-    python tests/bench.py curves             # every run that tests/curves/ does not have yet; stop it when you like
-    python tests/bench.py curves --plot      # tables and figures of the README, from tests/curves/ alone
+    python tests/bench.py curves             # every run that is missing, the most wanted first; stop it when you like
+    python tests/bench.py curves --plot      # tests/curves/README.md with all tables, and the figures
 
-A run is a script's command line, as RUNS has it, and a seed. Runs in progress are in runs/curves/; a finished one
-leaves tests/curves/NAME-SEED.jsonl, its metrics with five digits (of ablations and tuning the evaluated iterations
-only), and a line with command, commit and machine in tests/curves/runs.json.
+A run is a script's command line, from TABLES, and a seed. Runs in progress are in runs/curves/; a finished one leaves
+tests/curves/NAME-SEED.jsonl, its evaluated iterations, and a line in tests/curves/runs.json: command, commit, machine
+and a fingerprint of its settings. It counts while command and fingerprint are those of the scripts as they are now.
 """
 
+import dataclasses
+import hashlib
+import importlib
 import json
 import os
 import platform
@@ -16,181 +19,236 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import textwrap
+import time
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-import torch
+import common
+
+import numpy as np
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 CURVES = ROOT / "tests" / "curves"
-BUDGET = 140_000  # velocity evaluations, where runs are compared
 SCRIPTS = ("grpo", "gcpo", "tempflow_grpo")
-
-# name: (script, options). The iterations are those that pass BUDGET, at the next evaluation.
-RUNS = {script: (script, f"--iterations {n}") for script, n in zip(SCRIPTS, (40, 50, 60))}
-RUNS |= {
-    "grpo-batch-std": ("grpo", "--iterations 40 --adv-std batch"),
-    "grpo-1-update": ("grpo", "--iterations 40 --updates-per-iteration 1"),
-    "grpo-4-updates": ("grpo", "--iterations 40 --updates-per-iteration 4"),
-    "grpo-dance": ("grpo", "--iterations 40 --sde dance"),
-    "gcpo-fixed": ("gcpo", "--iterations 50 --chunks 2,3,4"),
-    "gcpo-one-chunk": ("gcpo", "--iterations 40 --chunks 9"),
-    "gcpo-ones": ("gcpo", "--iterations 60 --chunks 1,1,1,1,1,1,1,1,1"),
-    "gcpo-weighted": ("gcpo", "--iterations 50 --weighted-sampling"),
-    "gcpo-all-chunks": ("gcpo", "--iterations 40 --chunk-fraction 1"),
-    "tempflow-unweighted": ("tempflow_grpo", "--iterations 60 --weighting none"),
-    "tempflow-prompt-group": ("tempflow_grpo", "--iterations 60 --group prompt"),
-    "tempflow-1x12": ("tempflow_grpo", "--iterations 65 --seeds-per-prompt 1 --branches 12"),
-    "tempflow-3x4": ("tempflow_grpo", "--iterations 55 --seeds-per-prompt 3 --branches 4"),
-    "tempflow-early": ("tempflow_grpo", "--iterations 80 --branch-steps 0,1,2,3,4"),
-}
-# The same budget of tuning for each algorithm: six settings of learning rate and clip range, three training seeds,
-# which are not the study's; prompts and noise of the evaluation are.
-TUNED = [(1e-3, 1e-3), (5e-4, 1e-3), (2e-3, 1e-3), (4e-3, 1e-3), (1e-3, 3e-4), (1e-3, 3e-3)]
-TUNING_SEEDS = (10, 11, 12)
+BUDGET, IMAGES = 288_000, 10_000  # where runs are compared: velocity evaluations, and images scored
+SEEDS, TUNING_SEEDS = 5, (10, 11)
+RATE, RATES = "0.001", ("0.0005", "0.001", "0.002")  # the scripts' learning rate, and those of the tuning
+NOISES = {"dance": ("0.3", "0.5", "0.8"), "cps": ("0.5", "0.65", "0.8")}
+NOISE = {"dance": "0.3", "cps": "0.8"}  # what the study takes of these: the tuning's best, to be written here
+FIRST = {"GRPO": 0.650, "GCPO": 0.589, "TempFlow-GRPO": 0.707}  # what the study said before, at 140,000 evaluations
+FIRST_BUDGET, FIRST_RATE = 140_000, 2e-3
 
 
-def tuning_name(script, rate, clip):
-    return f"tuning-{script}-lr{rate:g}-clip{clip:g}"
+class Row(NamedTuple):
+    """A line of a table: a run, and what it is compared with."""
+
+    name: str
+    line: str = ""  # script and options; empty where another table has them
+    evals: int = 0  # velocity evaluations an iteration; where chunks are drawn, or cut by the curve, their mean
+    other: str = ""  # the run that it is compared with
+    claim: str = ""  # what a paper says of the two: "better ..." or "worse ..."
 
 
-TUNING = {
-    tuning_name(script, rate, clip): (script, f"{RUNS[script][1]} --learning-rate {rate:g} --clip-range {clip:g}")
-    for rate, clip in TUNED
-    for script in SCRIPTS
+# An iteration of grpo.py and gcpo.py has 96 trajectories of 10 steps, K of them random: 960 + 3 * 96 K evaluations. In
+# its second update gcpo.py makes one more for each trained step of a chunk: 48 K if all are trained.
+FIXED, ADAPTIVE = (f"gcpo --sde-steps all --chunks {chunks} --chunk-fraction" for chunks in ("2,3,4", "adaptive"))
+COST = {"grpo": 2400, "gcpo": 2640, "tempflow_grpo": 2448}
+# The most wanted first; what depends on the tuning comes after it.
+TABLES = {
+    "main": [
+        Row("grpo", "grpo", COST["grpo"]),
+        Row("gcpo", "gcpo", COST["gcpo"], "grpo", "better [GC]"),
+        Row("tempflow_grpo", "tempflow_grpo", COST["tempflow_grpo"], "grpo", "better [TF]"),
+    ],
+    "like for like": [
+        Row("grpo-all", "grpo --sde-steps all", 3552),
+        Row("grpo-5", "grpo --sde-steps 5", 2400, "grpo-all"),
+        Row("gcpo-fixed-all", f"{FIXED} 1", 3984, "grpo-all", "better: one ratio a chunk [GC]"),
+        Row("gcpo-fixed-half", f"{FIXED} 0.5", 2976, "gcpo-fixed-all"),
+        Row("gcpo-fixed-half", other="grpo-5", claim="better: one ratio a chunk, same share [GC]"),
+        Row("gcpo-adaptive-all", f"{ADAPTIVE} 1", 3958, "gcpo-fixed-all", "better: adaptive chunks [GC]"),
+        Row("gcpo-adaptive-half", f"{ADAPTIVE} 0.5", 2862, "gcpo-fixed-half", "better: adaptive chunks [GC]"),
+        Row("gcpo-weighted", f"{ADAPTIVE} 0.5 --weighted-sampling", 2850, "gcpo-adaptive-half",
+            "better: weighted sampling [GC]"),
+        Row("gcpo-one-chunk", "gcpo --sde-steps all --chunks 9 --chunk-fraction 1", 3984, "gcpo-adaptive-all",
+            "worse: one chunk of all steps [GC]"),
+    ],
+    "TempFlow-GRPO": [
+        Row("tempflow_grpo"),
+        Row("tempflow-unweighted", "tempflow_grpo --weighting none", 2448, "tempflow_grpo", "worse: no weights [TF]"),
+        Row("tempflow-prompt-group", "tempflow_grpo --group prompt", 2448, "tempflow_grpo",
+            "worse: groups of a prompt [TF]"),
+        Row("tempflow-early", "tempflow_grpo --sde-steps early", 1840, "tempflow_grpo",
+            "better, if early steps decide most [TF]"),
+    ],
+    "17 steps": [
+        Row("grpo-17", "grpo --steps 17 --sde-steps all", 6240),
+        Row("gcpo-17", "gcpo --steps 17 --sde-steps all --chunks 2,3,4,7 --chunk-fraction 0.5", 4320, "grpo-17",
+            "better [GC]"),
+    ],
+    "tuning": [
+        *(Row(f"tuning-{script}-{rate}", f"{script} --learning-rate {rate}", COST[script], f"tuning-{script}-{RATE}")
+          for script in SCRIPTS for rate in RATES),
+        *(Row(f"tuning-{sde}-{a}", f"grpo --sde {sde} --noise-level {a}", 2400, f"tuning-{sde}-{NOISE[sde]}")
+          for sde in NOISES for a in NOISES[sde]),
+    ],
+    "noise": [
+        Row("grpo"),
+        Row("grpo-3", "grpo --sde-steps 3", 1824, "grpo"),
+        Row("grpo-dance", f"grpo --sde dance --noise-level {NOISE['dance']}", 2400, "grpo"),
+        Row("grpo-cps", f"grpo --sde cps --noise-level {NOISE['cps']}", 2400, "grpo", "better [CPS]"),
+    ],
+}  # fmt: skip
+RUNS = {row.name: row for rows in TABLES.values() for row in rows if row.line}
+QUESTIONS = {
+    "main": "The three scripts with their defaults.",
+    "like for like": "What is the effect of the chunk, and what that of the share of steps that is trained? All nine "
+    "steps are random; in `grpo-5` five, drawn in each iteration. Half of the chunks are six steps, or a little less.",
+    "TempFlow-GRPO": "What its parts add, and branches at the first five of the nine steps only.",
+    "17 steps": "The steps and chunks of [GC] on this model, half of the chunks trained.",
+    "tuning": "Against the value that the study has; where the difference is positive, another is better. Seeds 10 and "
+    "11, which are not the study's; two seeds make wide intervals.",
+    "noise": "Other random steps, with a noise level tuned for each, and three steps drawn in each iteration.",
 }
 
 
 def command(name, seed):
-    """The command line of a run, without its --output."""
-    script, options = (RUNS | TUNING)[name]
-    return f"python {script}.py {options} --seed {seed} --eval-every 5"
+    """The command line of a run, without its --output. Its iterations are those that pass BUDGET, at an evaluation."""
+    script, _, options = RUNS[name].line.partition(" ")
+    iterations = -(-BUDGET // (10 * RUNS[name].evals)) * 10
+    return f"python {script}.py {options} --iterations {iterations} --eval-every 10 --seed {seed}".replace("  ", " ")
 
 
 def jobs_of(seeds):
-    """(name, seed) of every run, the most wanted first: tuning, the three scripts, then the ablations seed by seed."""
-    jobs = [(name, seed) for seed in TUNING_SEEDS for name in TUNING]
-    jobs += [(script, seed) for seed in range(seeds) for script in SCRIPTS]
-    return jobs + [(name, seed) for seed in range(seeds) for name in RUNS if name not in SCRIPTS]
+    """(name, seed) of every run, the most wanted first: table by table, and seed by seed in each."""
+    seeds_in = {title: TUNING_SEEDS if title == "tuning" else range(seeds) for title in TABLES}
+    return [(row.name, seed) for title, rows in TABLES.items() for seed in seeds_in[title] for row in rows if row.line]
 
 
-def machine():
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    models = [line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")]
-    return f"{(models or [platform.machine()])[0]}, one thread"
+def settings_of(name, seed):
+    """The settings that the command means now, with the script's defaults, and the hashes of its prompts."""
+    _, script, *options = command(name, seed).split()
+    module = importlib.import_module(script.removesuffix(".py"))
+    args = common.parse_args(module.Args, module.DEFAULTS, [*options, "--output", "runs/none"])
+    return dataclasses.asdict(args), common.prompts_hashes(args)
 
 
-def short(value):
-    """Numbers with five digits, in lists and dicts too: the committed metrics are to be small."""
-    if isinstance(value, dict):
-        return {name: short(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [short(part) for part in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+def fingerprint(settings, prompts):
+    """A hash of what decides a run's numbers. What is off does not count: a new option leaves old runs as they are.
+
+    prompts: hashes of the prompts, which stand for the paths of the files.
+    """
+    free = "output resume wandb device micro_batch save_every prompts eval_prompts".split()
+    counted = {name: value for name, value in settings.items() if value and name not in free}
+    return hashlib.sha256(json.dumps([counted, prompts], sort_keys=True).encode()).hexdigest()[:12]
 
 
 def read_runs(folder=CURVES):
-    """{name-seed: command, commit, machine ...} of the runs that are there."""
+    """{name-seed: command, fingerprint, commit, machine ...} of the runs that are there, whatever their settings."""
     path = folder / "runs.json"
     return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
 
-class Study:
-    """Runs jobs side by side, each in a process of its own with one thread, and keeps what they leave."""
+def load(folder=CURVES):
+    """{name: {seed: its lines of metrics}} of the runs that are there with the command and settings of now."""
+    runs = {name: {} for name in RUNS}
+    for key, run in read_runs(folder).items():
+        name, seed = key.rsplit("-", 1)
+        current = name in RUNS and run["command"] == command(name, seed)
+        if current and run["settings"] == fingerprint(*settings_of(name, seed)):
+            text = (folder / f"{key}.jsonl").read_text("utf-8")
+            runs[name][int(seed)] = [json.loads(line) for line in text.splitlines()]
+    return runs
 
-    def __init__(self, work, curves):
-        self.work, self.curves, self.stopped = work, curves, threading.Event()
-        self.processes, self.lock = set(), threading.Lock()
 
-    def run(self, name, seed):
-        """One run to its end, from where it was stopped. Returns its exit status, and the end of what it printed."""
-        folder, key = self.work / f"{name}-{seed}", f"{name}-{seed}"
-        config = folder / "config.json"
+# ---------------------------------------------------------------- the runs
+
+
+def start(name, seed, work):
+    """Start a run in a process of its own with one thread, or go on with it where it was stopped."""
+    folder = work / f"{name}-{seed}"
+    config, (settings, prompts) = folder / "config.json", settings_of(name, seed)
+    config = json.loads(config.read_text("utf-8")) if config.exists() else {}
+    if config.get("settings") == settings | {"output": str(folder)} and config["prompts_sha256"] == prompts:
+        options = ["--resume", str(folder)]
+    else:  # nothing is there, or the command or the script's defaults have changed since
+        shutil.rmtree(folder, ignore_errors=True)
         options = [*command(name, seed).split()[2:], "--output", str(folder)]
-        if config.exists():
-            done = json.loads(config.read_text("utf-8"))["command"].split()[1:]
-            if done == options:
-                options = ["--resume", str(folder)]
-            else:  # RUNS has changed since
-                shutil.rmtree(folder)
-        self.work.mkdir(parents=True, exist_ok=True)
-        with open(self.work / f"{key}.log", "w", encoding="utf-8") as log, self.lock:
-            if self.stopped.is_set():
-                return 130, "stopped"
-            process = subprocess.Popen(
-                [sys.executable, f"{(RUNS | TUNING)[name][0]}.py", *options],
-                cwd=ROOT,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-                start_new_session=True,  # a Ctrl-C reaches the runs once, through stop
-            )
-            self.processes.add(process)
-        status = process.wait()
-        self.processes.discard(process)
-        if status == 0:
-            self.keep(name, seed, folder)
-        return status, (self.work / f"{key}.log").read_text("utf-8")[-300:]
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work / f"{name}-{seed}.log", "w", encoding="utf-8") as log:
+        return subprocess.Popen(
+            [sys.executable, command(name, seed).split()[1], *options],
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            start_new_session=True,  # a Ctrl-C reaches the runs once, through run_study
+        )
 
-    def keep(self, name, seed, folder):
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
-        if name not in SCRIPTS:  # of ablations and tuning the evaluated iterations, and what all of them cost
-            seconds = 0.0
-            for line in lines:
-                seconds = line["seconds"] = seconds + sum(line.get(f"{k}_s", 0) for k in ("rollout", "reward", "train"))
-            lines = [line for line in lines if "eval_reward" in line]
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-        with self.lock:
-            self.curves.mkdir(parents=True, exist_ok=True)
-            text = "".join(json.dumps(short(line)) + "\n" for line in lines)
-            (self.curves / f"{name}-{seed}.jsonl").write_text(text, "utf-8")
-            runs = read_runs(self.curves) | {
-                f"{name}-{seed}": {
-                    "command": command(name, seed),
-                    "commit": config["commit"],
-                    "machine": machine(),
-                    "versions": config["versions"],
-                    "resumed": len(config.get("resumed", [])),
-                }
-            }
-            text = "{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(runs[k])}" for k in sorted(runs)) + "\n}\n"
-            (self.curves / "runs.json").write_text(text, "utf-8")
 
-    def stop(self):
-        """Ask every run to save and end; the next call goes on from there."""
-        self.stopped.set()
-        with self.lock:
-            for process in self.processes:
-                process.send_signal(signal.SIGTERM)
+def keep(name, seed, work, curves):
+    """Copy what is to be committed of a finished run: its evaluated iterations, and how it was made.
+
+    Numbers have five digits. Seconds are left out (the cores are shared), what is there twice, and lists by step but
+    for one run of each script. Returns in words what came out.
+    """
+    folder, by_step, cpu = work / f"{name}-{seed}", name in SCRIPTS and seed == 0, Path("/proc/cpuinfo")
+
+    def wanted(key, value):
+        return not (key.endswith("_s") or "/" in key or (isinstance(value, list) and not by_step))
+
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    text = (folder / "metrics.jsonl").read_text("utf-8")
+    lines = [json.loads(line, parse_float=lambda digits: float(f"{float(digits):.5g}")) for line in text.splitlines()]
+    lines = [{k: v for k, v in line.items() if wanted(k, v)} for line in lines if "eval_reward" in line]
+    curves.mkdir(parents=True, exist_ok=True)
+    (curves / f"{name}-{seed}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    processor = re.findall("model name.*: (.*)", cpu.read_text() if cpu.exists() else "") or [platform.machine()]
+    runs = read_runs(curves)
+    runs[f"{name}-{seed}"] = {
+        "command": command(name, seed),
+        "settings": fingerprint(config["settings"], config["prompts_sha256"]),
+        "commit": config["commit"],
+        "machine": f"{config['settings']['device']}, {processor[0]}, one thread",
+        "versions": config["versions"],
+        "resumed": len(config.get("resumed", [])),
+    }
+    text = ",\n".join(f"{json.dumps(key)}: {json.dumps(runs[key])}" for key in sorted(runs))
+    (curves / "runs.json").write_text(f"{{\n{text}\n}}\n", "utf-8")
+    first, last = lines[0], lines[-1]
+    return f"{first['eval_reward']:.3f} -> {last['eval_reward']:.3f} at {last['velocity_evals']:,} evaluations"
 
 
 def run_study(jobs, workers, work=ROOT / "runs" / "curves", curves=CURVES):
     """Do the jobs that curves does not have, several at a time. Returns the exit status."""
-    have = {key: run["command"] for key, run in read_runs(curves).items()}
-    todo = [job for job in jobs if have.get("{}-{}".format(*job)) != command(*job)]
-    print(f"{len(jobs) - len(todo)} runs are there, {len(todo)} to do, {workers} at a time")
-    study, failed = Study(work, curves), 0
+    have, running, failed = load(curves), {}, 0
+    todo = [(name, seed) for name, seed in jobs if seed not in have[name]]
+    print(f"{len(jobs) - len(todo)} runs are there, {len(todo)} to do, {workers} at a time", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with ThreadPoolExecutor(workers) as pool:
-        futures = {pool.submit(study.run, *job): job for job in todo}
-        try:
-            for future in tqdm(as_completed(futures), total=len(futures), desc="runs"):
-                (name, seed), (status, tail) = futures[future], future.result()
-                if status == 0:
-                    cost, reward = curve(name, seed, curves)
-                    tqdm.write(f"{name} seed {seed}: {reward[0]:.3f} -> {reward[-1]:.3f} at {cost[-1]:,} evaluations")
-                else:
-                    failed += 1
-                    tqdm.write(f"{name} seed {seed} ended with status {status}: {tail}")
-        except KeyboardInterrupt:
-            study.stop()
-            pool.shutdown(cancel_futures=True)
-            print("stopped; the same command goes on", file=sys.stderr)
-            return 130
+    try:
+        with tqdm(total=len(todo), desc="runs") as bar:
+            while todo or running:
+                while todo and len(running) < workers:
+                    job = todo.pop(0)
+                    running[job] = start(*job, work)
+                time.sleep(0.1)
+                for job in [job for job, process in running.items() if process.poll() is not None]:
+                    status, log = running.pop(job).returncode, work / "{}-{}.log".format(*job)
+                    failed += status != 0
+                    ended = f"ended with status {status}: {log.read_text('utf-8')[-300:]}"
+                    bar.write("{}-{}: ".format(*job) + (ended if status else keep(*job, work, curves)))
+                    bar.update()
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # seconds until all have saved
+        for process in running.values():
+            process.terminate()  # it saves and ends
+        for process in running.values():
+            process.wait()
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
     return 1 if failed else 0
 
 
@@ -199,230 +257,163 @@ def run_study(jobs, workers, work=ROOT / "runs" / "curves", curves=CURVES):
 
 # 97.5% quantiles of Student's t by degrees of freedom: the half width of a 95% interval in standard errors
 T_QUANTILE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-LABELS = {
-    "grpo": "`grpo.py`: group std, U = 2, `flow`",
-    "grpo-batch-std": "std of the batch",
-    "grpo-1-update": "U = 1",
-    "grpo-4-updates": "U = 4",
-    "grpo-dance": "`dance`, eta = 0.3",
-    "gcpo": "`gcpo.py`: adaptive chunks, half of them",
-    "gcpo-fixed": "fixed chunks 2, 3, 4",
-    "gcpo-one-chunk": "one chunk of 9",
-    "gcpo-ones": "chunks of 1: GRPO on half of the steps",
-    "gcpo-weighted": "weighted sampling of chunks",
-    "gcpo-all-chunks": "all adaptive chunks",
-    "tempflow_grpo": "`tempflow_grpo.py`: 2 seeds x 6 branches",
-    "tempflow-unweighted": "no weights",
-    "tempflow-prompt-group": "groups of a prompt",
-    "tempflow-1x12": "1 seed x 12 branches",
-    "tempflow-3x4": "3 seeds x 4 branches",
-    "tempflow-early": "branches at steps 0 to 4 only",
-}
-AXES = {"velocity_evals": "velocity evaluations", "images": "images scored", "seconds": "seconds"}
-BY_STEP = {
-    "gcpo": ("l1rel_by_step", "chunk_cuts", "l1rel_prompt_share"),
-    "tempflow_grpo": ("reward_std_by_step", "gradient_by_step", "gradient_by_step_weighted"),
-}
-HEALTH = (
-    "reward_std zero_std_groups ratio_first_error ratio_min ratio_max clip_low clip_high approx_kl grad_norm".split()
-)
-FAMILIES = {script: [name for name, (of, _) in RUNS.items() if of == script] for script in SCRIPTS}
 
 
-def read_run(name, seed, folder=CURVES):
-    """The lines of a run; `seconds` of rollouts, rewards and updates so far are added where they are not there."""
-    lines, total = [], 0.0
-    for text in (folder / f"{name}-{seed}.jsonl").read_text("utf-8").splitlines():
-        line = json.loads(text)
-        total += sum(line.get(f"{k}_s", 0) for k in ("rollout", "reward", "train"))
-        lines.append({"velocity_evals": 0, "images": 0, "seconds": total} | line)
-    return lines
+def at(lines, budget=BUDGET, axis="velocity_evals", value="eval_reward"):
+    """A metric where a cost is reached, on the straight line between the two evaluations around it.
 
-
-def curve(name, seed, folder=CURVES, axis="velocity_evals"):
-    """Cost and held-out reward of a run's evaluations, two lists. axis: velocity_evals, images or seconds."""
-    lines = [line for line in read_run(name, seed, folder) if "eval_reward" in line]
-    return [line[axis] for line in lines], [line["eval_reward"] for line in lines]
-
-
-def at_budget(cost, reward, budget=BUDGET):
-    """Held-out reward at a cost, on the straight line between the two evaluations around it."""
-    import numpy as np
-
-    if cost[-1] < budget:
-        raise ValueError(f"a run ended at {cost[-1]} evaluations, before {budget}")
-    return float(np.interp(budget, cost, reward))
-
-
-def seeds_of(name, folder=CURVES):
-    """The seeds that a variant has been run with."""
-    return [seed for seed in range(100) if f"{name}-{seed}" in read_runs(folder)]
+    budget: a cost or an array of them; axis: velocity_evals or images, which begin at 0.
+    """
+    cost = [line.get(axis, 0) for line in lines]
+    if cost[-1] < np.max(budget):
+        raise ValueError(f"a run ended at {cost[-1]} {axis}, before {np.max(budget)}")
+    return np.interp(budget, cost, [line.get(value, 0) for line in lines])
 
 
 def mean_interval(values):
-    """Mean and half width of its 95% interval, by Student's t, of the values of two to ten seeds."""
-    values = torch.tensor(values, dtype=torch.float64)
-    return values.mean().item(), T_QUANTILE[len(values) - 1] * values.std().item() / len(values) ** 0.5
+    """Mean over the first axis, of one to ten seeds, and half width of its 95% interval; that of one seed is nan."""
+    values = np.asarray(values, dtype=np.float64)
+    if len(values) == 1:
+        return values[0], values[0] * np.nan
+    return values.mean(0), T_QUANTILE[len(values) - 1] * values.std(0, ddof=1) / len(values) ** 0.5
 
 
-def rewards_at(name, budget=BUDGET, axis="velocity_evals", folder=CURVES):
-    """{seed: held-out reward at a cost}."""
-    return {seed: at_budget(*curve(name, seed, folder, axis), budget) for seed in seeds_of(name, folder)}
+def words(values, sign=""):
+    """Mean and interval as text; one seed has no interval."""
+    if not values:
+        return "missing"
+    mean, half = mean_interval(values)
+    return f"{mean:{sign}.3f}" + ("" if np.isnan(half) else f" ± {half:.3f}")
 
 
-def others(folder=CURVES):
-    """{variant: held-out rewards of its seeds at BUDGET} of the runs in others.json, NAME-SEED or NAME-SEED-lrRATE.
-
-    Their evaluations are kept as [iteration, velocity evaluations, held-out reward].
-    """
-    found = {}
-    for key, run in json.loads((folder / "others.json").read_text("utf-8")).items():
-        _, cost, reward = zip(*run["evaluations"])
-        found.setdefault(re.sub(r"(?<!e)-\d(?=-lr|$)", "", key), []).append(at_budget(cost, reward))
-    return found
+def verdict(claim, differences):
+    """Whether a claim, "better ..." or "worse ...", holds: whether the whole interval is on its side of 0."""
+    if not claim or not differences:
+        return "missing" if claim else ""
+    mean, half = mean_interval(differences)
+    mean = mean if claim.startswith("better") else -mean
+    return "holds" if mean > half else "does not hold" if mean < -half else "cannot be told"
 
 
 def markdown(header, rows):
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def against(rewards, usual):
-    """Mean difference of the seeds that both have, with its 95% interval, as text."""
-    return "{:+.3f} ± {:.3f}".format(*mean_interval([rewards[seed] - usual[seed] for seed in rewards if seed in usual]))
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
 
 
 def tables(folder=CURVES):
-    """The README's tables of results, as they stand there: {title: markdown}."""
-    plus_minus = "{:.3f} ± {:.3f}".format
-    # the other two ways to be fair: as many images or seconds as every run has
-    ends = {axis: [curve(s, n, folder, axis)[0][-1] for s in SCRIPTS for n in seeds_of(s, folder)] for axis in AXES}
-    budgets = {"velocity_evals": BUDGET, "images": min(ends["images"]), "seconds": int(min(ends["seconds"]))}
-    rows, first = [], rewards_at("grpo", folder=folder)
-    for script in SCRIPTS:
-        row = [f"`{command(script, 0).removesuffix('--seed 0 --eval-every 5')}--seed S`"]
-        for axis, budget in budgets.items():
-            row.append(plus_minus(*mean_interval(list(rewards_at(script, budget, axis, folder).values()))))
-        row.insert(2, against(rewards_at(script, folder=folder), first) if script != "grpo" else "")
-        rows.append(row)
-    header = ["command", *(f"at {budget:,} {AXES[axis]}" for axis, budget in budgets.items())]
-    header.insert(2, "against `grpo.py`, same seeds")
-    found = {"main": markdown(header, rows)}
-    for script, names in FAMILIES.items():
-        rows, usual = [], rewards_at(script, folder=folder)
-        for name in names:
-            rewards = rewards_at(name, folder=folder)
-            options = RUNS[name][1].split(maxsplit=2)[2:]
-            rows.append(
-                [
-                    LABELS[name] + (f" (`{options[0]}`)" if options else ""),
-                    plus_minus(*mean_interval(list(rewards.values()))),
-                    against(rewards, usual) if name != script else "",
-                    str(len(rewards)),
-                ]
-            )
-        found[script] = markdown(["variant", "held-out reward", "against the first row, same seeds", "seeds"], rows)
-    rows = []
-    for rate, clip in TUNED:
-        row = [f"{rate:g}", f"{clip:g}"]
-        for script in SCRIPTS:
-            rewards = rewards_at(tuning_name(script, rate, clip), folder=folder).values()
-            row.append(f"{sum(rewards) / len(rewards):.3f} ({', '.join(f'{reward:.3f}' for reward in rewards)})")
-        rows.append(row)
-    found["tuning"] = markdown(["learning rate", "clip range", *(f"`{script}.py`" for script in SCRIPTS)], rows)
-    rows = [[f"`{key}`", *(lowest_mean_highest(script, key, folder) for script in SCRIPTS)] for key in HEALTH]
-    found["healthy"] = markdown(["mean (smallest to largest)", *(f"`{script}.py`" for script in SCRIPTS)], rows)
+    """{title: a table of results in markdown}. The README at the top has "main" as it stands here."""
+    runs, quiet, found = load(folder), folder / "quiet.json", {}
+    quiet = json.loads(quiet.read_text("utf-8")) if quiet.exists() else {}
+    reward = {name: {seed: at(lines) for seed, lines in seeds.items()} for name, seeds in runs.items()}
+    for title, rows in TABLES.items():
+        header, cells = "run|held-out reward|difference, same seeds|from|seeds|images scored|claim|verdict", []
+        header += f"|reward at {IMAGES:,} images|seconds, alone" if title == "main" else ""
+        for name, _, _, other, claim in rows:
+            both = [seed for seed in reward[name] if seed in reward.get(other, {})]
+            differences = [reward[name][seed] - reward[other][seed] for seed in both]
+            images = [at(lines, value="images") for lines in runs[name].values()]
+            row = [f"`{name}`", words(list(reward[name].values()))]
+            row += [words(differences, "+"), f"`{other}`"] if other not in ("", name) else ["", ""]
+            row += [str(len(images)), f"{np.mean(images):,.0f}" if images else "missing"]
+            row += [claim, verdict(claim, differences)]
+            if title == "main":
+                row.append(words([at(lines, IMAGES, "images") for lines in runs[name].values()]))
+                told = quiet.get(name)
+                row.append(f"{told['seconds'] * BUDGET / told['evals']:.0f}" if told else "missing")
+            cells.append(row)
+        found[title] = markdown(header.split("|"), cells)
     return found
 
 
-def lowest_mean_highest(name, key, folder=CURVES):
-    """Of a metric over all iterations and seeds, as text."""
-    values = [line[key] for seed in seeds_of(name, folder) for line in read_run(name, seed, folder)[1:]]
-    digits = ".4f" if key in ("ratio_min", "ratio_max") else ".2g"
-    mean, low, high = (format(value, digits) for value in (sum(values) / len(values), min(values), max(values)))
-    return f"{mean} ({low} to {high})"
+README = """# The study: three algorithms on the tiny model, at equal cost
 
+Written by `python tests/bench.py curves --plot` from {count} runs of `python tests/bench.py curves`: `NAME-SEED.jsonl`
+has a run's evaluated iterations, `runs.json` its command, commit, machine and versions.
 
-def mean_by_step(name, key, folder=CURVES):
-    """Mean of a by-step metric over the first ten iterations of all seeds: the model is hardly trained yet."""
-    rows = [line[key] for seed in seeds_of(name, folder) for line in read_run(name, seed, folder)[1:11]]
-    return torch.tensor(rows).mean(0).tolist()
+![Held-out reward over velocity evaluations, the three scripts](curves.png)
 
+- *Held-out reward*: of 48 prompts that are never trained on, four images each, by ODE, when a run has made {budget:,}
+  velocity evaluations in training; 0.502 before. *±*: half of a 95% interval, Student's t over the seeds.
+- *Verdict* on what a paper claims: it holds where the difference's whole interval is on its side of 0, does not hold
+  where the whole is on the other, and else cannot be told. By chance one interval in twenty misses the truth.
+- *Seconds, alone*: to {budget:,} evaluations, from one run of each script with nothing beside it.
+- Letters in brackets are references of the README at the top.
 
-def plot(folder=CURVES):
-    """The README's figures: curves.png, held-out reward over cost, and steps.png, what happens at each step."""
-    import matplotlib
+{first}
 
-    matplotlib.use("Agg")
-    import numpy as np
-    from matplotlib import pyplot
+{tables}
+![Held-out reward over velocity evaluations, table by table](ablations.png)
 
-    grid = np.linspace(0, BUDGET, 57)
+## Missing
 
-    def draw(axes, name, label, end=None):
-        """Mean and 95% interval over the seeds: a band, or a bar at `end`, where bands would hide each other."""
-        curves = [np.interp(grid, *curve(name, seed, folder)) for seed in seeds_of(name, folder)]
-        middle, half = map(np.array, zip(*(mean_interval(column) for column in zip(*curves))))
-        (line,) = axes.plot(grid / 1000, middle, label=f"{label}, {len(curves)} seeds", linewidth=1.6)
-        if end is None:
-            axes.fill_between(
-                grid / 1000, middle - half, middle + half, color=line.get_color(), alpha=0.15, linewidth=0
-            )
-        else:
-            axes.errorbar(end, middle[-1], half[-1], color=line.get_color(), marker="o", markersize=3, capsize=2)
+{missing}
 
-    figure, panels = pyplot.subplots(2, 2, figsize=(12, 9), sharex=True, sharey=True)
-    titles = ("the three algorithms", "grpo.py", "gcpo.py", "tempflow_grpo.py")
-    for axes, title, names in zip(panels.flat, titles, (SCRIPTS, *FAMILIES.values())):
-        for n, name in enumerate(names):
-            if names is SCRIPTS:
-                draw(axes, name, f"{name}.py")
-            else:
-                draw(axes, name, LABELS[name].replace("`", ""), BUDGET / 1000 + 3 + 2.5 * n)
-        axes.set_title(title)
-        axes.legend(fontsize=8, loc="upper left")
-        axes.grid(alpha=0.3)
-        axes.set_ylim(0.45, 0.85)
-    for axes in panels[1]:
-        axes.set_xlabel("velocity evaluations, thousands")
-    for axes in panels[:, 0]:
-        axes.set_ylabel("reward of the held-out prompts")
-    figure.tight_layout()
-    figure.savefig(folder / "curves.png", dpi=90)
+## Commands
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4))
-    steps = np.arange(9)
-    left.plot(steps, mean_by_step("tempflow_grpo", "reward_std_by_step", folder), "o-")
-    left.set_title("spread (std) of the reward over the branches of a state, by step")
-    right.plot(steps, mean_by_step("gcpo", "l1rel_by_step", folder), "o-", label="mean L1rel of the step")
-    cuts = mean_by_step("gcpo", "chunk_cuts", folder)
-    right.bar(steps[1:] - 0.5, cuts, 0.12, color="C1", label="share of trajectories with a cut there")
-    right.set_title("L1rel, and where adaptive chunks are cut")
-    right.legend()
-    for axes in (left, right):
-        axes.set_xticks(steps)
-        axes.set_xlabel("step")
-        axes.set_ylim(0)
-        axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(folder / "steps.png", dpi=90)
-    pyplot.close("all")
+`S` is a seed: 0 to {last}, or {tuning} where the name begins with tuning. Evaluations are those of an iteration.
+
+{commands}
+"""
 
 
 def report(folder=CURVES):
-    """Print the README's tables of results, and what its second figure shows."""
-    for title, table in tables(folder).items():
-        print(f"\n{title}\n\n{table}")
-    print(f"\nimages scored at {BUDGET:,} velocity evaluations\n")
-    for name in RUNS:
-        costs = [[curve(name, seed, folder, axis)[0] for axis in AXES] for seed in seeds_of(name, folder)]
-        images = [at_budget(evals, scored) for evals, scored, _ in costs]
-        print(f"{name}: {sum(images) / len(images):,.0f}")
-    print("\nby step, mean of the first ten iterations of all seeds\n")
-    for script, keys in BY_STEP.items():
-        for key in keys:
-            print(f"{script}.py {key}: {', '.join(f'{value:.3f}' for value in mean_by_step(script, key, folder))}")
-    print(f"\nothers.json, earlier settings and exercises, at {BUDGET:,} velocity evaluations\n")
-    for name, rewards in others(folder).items():
-        spread = f" ± {mean_interval(rewards)[1]:.3f}" if len(rewards) > 1 else ""
-        print(f"{name}: {sum(rewards) / len(rewards):.3f}{spread} ({', '.join(f'{r:.3f}' for r in rewards)})")
+    """Write the page of all results, README.md beside the metrics. What is not there is told as missing."""
+    before = ", ".join(f"{name} {reward:.3f}" for name, reward in FIRST.items())
+    first = (
+        f"The first study had a learning rate of {FIRST_RATE:g}, no moving average of the adapter and half of GCPO's "
+        f"chunks, and said at {FIRST_BUDGET:,} velocity evaluations: {before}. That GCPO was below GRPO by any cost "
+        f"was mostly the share left out; now the rate is {RATE}, the average on, and like is compared with like."
+    )
+    runs, have, missing = load(folder), read_runs(folder), {}
+    for name, seed in jobs_of(SEEDS):
+        if seed not in runs[name]:
+            old = " (made with other settings)" if f"{name}-{seed}" in have else ""
+            missing.setdefault(name, []).append(f"{seed}{old}")
+    missing = [f"- `{name}`: seeds {', '.join(seeds)}" for name, seeds in missing.items()]
+    missing += [] if (folder / "quiet.json").exists() else ["- `quiet.json`: the seconds of a quiet run of each script"]
+    found, fill = tables(folder), partial(textwrap.fill, width=120)
+    titled = [f"## {title}\n\n{fill(QUESTIONS[title])}\n\n{table}\n" for title, table in found.items()]
+    commands = [[f"`{name}`", f"`{command(name, 'S')}`", f"{RUNS[name].evals:,}"] for name in RUNS]
+    text = README.format(
+        budget=BUDGET,
+        count=sum(map(len, runs.values())),
+        first=fill(first),
+        tables="\n".join(titled),
+        missing="\n".join(missing or ["Nothing."]),
+        last=SEEDS - 1,
+        tuning=" and ".join(map(str, TUNING_SEEDS)),
+        commands=markdown(["run", "command", "evaluations"], commands),
+    )
+    (folder / "README.md").write_text(text, "utf-8")
+    print(f"wrote {folder}/README.md; missing: {len(missing) or 'nothing'}")
+
+
+def draw(axes, runs, names, bands=False):
+    """Mean curves of the runs that are there, with 95% intervals: bands, or bars at the end, where bands would hide."""
+    cost, lines = np.linspace(0, BUDGET, 97), []
+    for name in filter(runs.get, names):
+        middle, half = mean_interval([at(run, cost) for run in runs[name].values()])
+        lines += axes.plot(cost / 1000, middle, label=f"{name}, {len(runs[name])} seeds")
+        colour = lines[-1].get_color()
+        if bands:
+            axes.fill_between(cost / 1000, middle - half, middle + half, color=colour, alpha=0.2)
+        else:
+            axes.errorbar(BUDGET / 1000 + 5 * len(lines), middle[-1], half[-1], color=colour, fmt="o", capsize=2)
+    axes.set(xlabel="velocity evaluations in training, thousands", ylabel="reward of held-out prompts")
+    axes.grid(alpha=0.3)
+    axes.legend(handles=lines, loc="lower right")
+
+
+def plot(folder=CURVES):
+    """Write curves.png, the three scripts, and ablations.png, the other tables: held-out reward over cost."""
+    from matplotlib.figure import Figure
+
+    runs = load(folder)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    draw(figure.subplots(), runs, SCRIPTS, bands=True)
+    figure.savefig(folder / "curves.png", dpi=120)
+    figure = Figure(figsize=(13, 10), layout="constrained")
+    titles = [title for title in TABLES if title not in ("main", "tuning")]
+    for axes, title in zip(figure.subplots(2, 2, sharex=True, sharey=True).flat, titles):
+        draw(axes, runs, dict.fromkeys(row.name for row in TABLES[title]))
+        axes.set_title(title)
+    figure.savefig(folder / "ablations.png", dpi=90)

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-from conftest import ROOT, cli, metrics, small
+from conftest import ROOT, cli, errors, metrics, small
 
 import pytest
 
@@ -46,20 +46,27 @@ SHARED = [
     ("--updates-per-iteration 7", "do not divide"),
     ("--output {tmp}/full", "in the way"),
     ("--output {tmp}/good.txt", "in the way"),
-    ("--resume {tmp}", "is no run"),
-    ("--resume {tmp}/missing", "is no run"),
+    ("--resume {tmp}", "is no run that"),
+    ("--resume {tmp}/missing", "is no run that"),
+    ("--sde-steps 10", "--sde-steps 10 is neither all, early, nor a rising list"),
+    ("--sde-steps 0,9", "step 9, the last, is always the ODE's"),
+    ("--sde-steps 3,1", "--sde-steps"),
+    ("--sde-steps most", "--sde-steps"),
     ("--wandb mine", "wandb"),
 ]
 OWN = {
     "grpo": [("--group-size 1", "--group-size"), ("--group-size two", "two")],
     "gcpo": [
         ("--group-size 1", "--group-size"),
-        ("--chunks 2,3", "must add up to 9"),
-        ("--chunks 2,3,5", "must add up to 9"),
+        ("--chunks 2,2", "must add up to 5"),
+        ("--chunks 2,3 --sde-steps all", "must add up to 9"),
         ("--chunks 9,0", "from 1 on"),
         ("--chunks=-1,10", "from 1 on"),
         ("--chunks some", "neither adaptive nor a list"),
         ("--chunks 2,,7", "neither adaptive nor a list"),
+        ("--sde-steps 3", "must be consecutive"),
+        ("--sde-steps 0,2", "must be consecutive"),
+        ("--sde-steps 2,3,4 --chunks 2,2", "must add up to 3"),
         ("--chunk-fraction 0", "--chunk-fraction"),
         ("--chunk-fraction 2", "--chunk-fraction"),
         ("--chunk-max 0", "--chunk-max"),
@@ -68,10 +75,6 @@ OWN = {
     "tempflow_grpo": [
         ("--branches 1", "--branches"),
         ("--seeds-per-prompt 0", "--seeds-per-prompt"),
-        ("--branch-steps 10", "--branch-steps"),
-        ("--branch-steps 0,9", "--branch-steps"),
-        ("--branch-steps 3,1", "--branch-steps"),
-        ("--branch-steps most", "--branch-steps"),
         ("--group image", "image"),
         ("--weighting some", "some"),
     ],
@@ -114,7 +117,7 @@ def test_bad_input(files):
         done = list(pool.map(run, CASES))
     wrong = []
     for (script, options, says), process in zip(CASES, done):
-        lines = [line for line in process.stderr.splitlines() if not line.startswith("warning: ")]
+        lines = errors(process.stderr)
         fine = process.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0]
         if not fine:
             wrong.append((script, options, process.returncode, process.stderr[-400:]))
@@ -131,7 +134,12 @@ def test_prompts_that_are_unusual_and_legal(tmp_path):
     done = cli("grpo", *small("grpo"), *options)
     assert done.returncode == 0, done.stderr
     assert metrics(tmp_path / "run")[-1]["iteration"] == 2
-    assert {path.name for path in (tmp_path / "run" / "samples").iterdir()} == {"0.png", "2.png", "compare.png"}
+    assert {path.name for path in (tmp_path / "run" / "samples").iterdir()} == {
+        "0.png",
+        "2.png",
+        "compare.png",
+        "progress.png",
+    }
 
 
 def test_one_prompt_only(tmp_path):

@@ -1,27 +1,23 @@
 """The three families against diffusers' own pipelines, on small ones with random weights (small_pipelines.py)."""
 
 import json
-import subprocess
-import sys
 import time
+from copy import deepcopy
 from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
+
+import bench
+import common
+import gcpo
+import grpo
+import small_pipelines
+import tempflow_grpo
+from conftest import errors, here
+from rewards import get_reward
 
 import diffusers
 import pytest
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-import bench  # noqa: E402
-import common  # noqa: E402
-import gcpo  # noqa: E402
-import grpo  # noqa: E402
-import small_pipelines  # noqa: E402
-import tempflow_grpo  # noqa: E402
-from rewards import get_reward  # noqa: E402
 
 PROMPTS = ["a red circle", "two blue squares"]
 FAMILIES = list(small_pipelines.MAKERS)
@@ -40,17 +36,17 @@ def model(tmp_path_factory):
     return make
 
 
-def make_policy(folder, **settings):
-    usual = dict(model=str(folder), device="cpu", dtype="float32", guidance=3.0, micro_batch=2, resolution=16, seed=0)
-    usual |= dict(lora_rank=2, lora_alpha=4.0, gradient_checkpointing=False, compile=False)
-    return common.Policy(SimpleNamespace(**usual | settings))
+def make_policy(folder, dtype="float32", resolution=16, **settings):
+    usual = dict(device="cpu", guidance=3.0, micro_batch=2, lora_rank=2, lora_alpha=4.0)
+    return common.Policy(common.load_pipeline(str(folder), dtype, resolution), resolution, **usual | settings)
 
 
 def rollout_images(policy, noise, steps=4):
     """The end of a rollout without noise, and its pictures."""
     sigmas, text = policy.sigmas(steps), policy.encode(PROMPTS)
     draws = [noise] + [torch.ones_like(noise)] * (steps - 1)
-    *_, x = grpo.rollout(policy, text, torch.arange(len(noise)), draws, sigmas, torch.zeros(steps - 1))
+    s, chosen = torch.zeros(steps - 1), range(steps - 1)
+    *_, x = grpo.rollout(policy, text, torch.arange(len(noise)), draws, sigmas, s, "flow", chosen)
     return x, policy.decode(x)
 
 
@@ -96,7 +92,7 @@ def difference(a, b):
 )
 def test_rollout_without_noise_is_the_pipeline(model, family, options, guidance):
     policy = make_policy(model(family, **options), guidance=guidance)
-    noise = policy.noise(2, torch.Generator().manual_seed(3))
+    noise = policy.noise(2, 1, torch.Generator().manual_seed(3))
     x, images = rollout_images(policy, noise)
     evals = policy.velocity_evals
     latents, expected = pipeline_images(policy.pipe, family, noise, guidance)
@@ -113,7 +109,7 @@ def test_guidance_and_text_change_the_pictures(model, family):
     ends = []
     for guidance in (1.0, 3.0):
         policy = make_policy(model(family), guidance=guidance)
-        noise = policy.noise(1, torch.Generator().manual_seed(3)).repeat(2, 1, 1, 1) if noise is None else noise
+        noise = policy.noise(1, 1, torch.Generator().manual_seed(3)).repeat(2, 1, 1, 1) if noise is None else noise
         ends.append(rollout_images(policy, noise)[0])
     assert difference(ends[0], ends[1]) > 1e-3
     assert difference(ends[0][0], ends[0][1]) > 1e-4
@@ -123,7 +119,7 @@ def test_guidance_and_text_change_the_pictures(model, family):
 def test_lora_round_trip(model, family, tmp_path):
     """A saved adapter, loaded by the plain pipeline, gives the pictures of the policy that saved it."""
     policy = make_policy(model(family), guidance=3.0)
-    noise = policy.noise(2, torch.Generator().manual_seed(3))
+    noise = policy.noise(2, 1, torch.Generator().manual_seed(3))
     before = rollout_images(policy, noise)[1]
     torch.manual_seed(1)
     for parameter in policy.parameters:
@@ -137,14 +133,16 @@ def test_lora_round_trip(model, family, tmp_path):
 
 
 def run(script, folder, prompts, output, *options):
-    command = [sys.executable, str(ROOT / script), "--model", str(folder), "--prompts", str(prompts)]
-    command += "--reward jpeg_compressibility --device cpu --steps 4 --eval_steps 2 --prompts_per_iteration 2".split()
-    command += [*"--micro_batch 4 --resolution 16 --lora_rank 2 --iterations 1 --output".split(), str(output), *options]
-    return subprocess.run(command, capture_output=True, text=True)
+    command = f"--model {folder} --prompts {prompts} --output {output} --reward jpeg_compressibility --device cpu"
+    command += (
+        " --steps 4 --sde-steps all --guidance 3 --ema-decay 0 --eval-steps 2 --prompts-per-iteration 2 --micro-batch 4"
+    )
+    command += " --resolution 16 --lora-rank 2"
+    return here(script, *command.split(), "--iterations", 1, *SIZES[script], *options)
 
 
-SIZES = {"grpo.py": ["--group_size", "4"], "gcpo.py": ["--group_size", "4"]}
-SIZES["tempflow_grpo.py"] = ["--seeds_per_prompt", "2", "--branches", "4"]
+SIZES = {"grpo": ["--group-size", "4"], "gcpo": ["--group-size", "4", "--chunks", "adaptive"]}
+SIZES["tempflow_grpo"] = ["--seeds-per-prompt", "2", "--branches", "4"]
 
 
 @pytest.fixture
@@ -165,9 +163,9 @@ def check_run(result, output):
 @pytest.mark.parametrize("script", SIZES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_iteration(model, prompts, tmp_path, family, script):
-    result = run(script, model(family), prompts, tmp_path / "run", *SIZES[script])
+    result = run(script, model(family), prompts, tmp_path / "run")
     metrics = check_run(result, tmp_path / "run")
-    passes = 1 if family == "flux" else 2  # the default guidance is above 1
+    passes = 1 if family == "flux" else 2
     trunks = 2 * 2 * 4
     rollout, train = (2 * 2 * (3 + 4 * 4 * 3 // 2), trunks * 3 * 3 // 4) if "temp" in script else (8 * 4, 8 * 3 * 3)
     if "gcpo" not in script:  # which draws its chunks
@@ -186,10 +184,11 @@ def test_half_precision_weights_and_float32_mathematics(model, family, dtype):
     assert frozen == {common.DTYPES[dtype]} and {p.dtype for p in policy.parameters} == {torch.float32}
     sigmas, text, owner = policy.sigmas(4), policy.encode(PROMPTS), torch.arange(4) // 2
     s, generator = common.noise_scale(sigmas, "flow", 0.7), torch.Generator().manual_seed(0)
-    noise = [policy.noise(4, generator) for _ in range(4)]
-    x, x_next, old_logp, _ = grpo.rollout(policy, text, owner, noise, sigmas, s)
+    noise = [policy.noise(2, 2, generator) for _ in range(4)]
+    x, x_next, old_logp, _ = grpo.rollout(policy, text, owner, noise, sigmas, s, "flow", range(3))
     step, image = torch.tensor([1, 1]), torch.tensor([2, 3])
-    logp, mean, std = grpo.transition_logp(policy, text, owner, (sigmas[:-2], sigmas[1:-1], s), x, x_next, step, image)
+    transitions = text, owner, (sigmas[:-2], sigmas[1:-1], s), "flow", x, x_next, step, image
+    logp, mean, std = grpo.transition_logp(policy, *transitions)
     assert {t.dtype for t in (x, old_logp, logp, mean, std, sigmas, s)} == {torch.float32}
     assert torch.equal(logp, old_logp[step, image])
     logp.sum().backward()
@@ -199,8 +198,42 @@ def test_half_precision_weights_and_float32_mathematics(model, family, dtype):
 
 @pytest.mark.parametrize(("family", "dtype"), [("sd3", "float16"), ("flux", "bfloat16"), ("flux2", "bfloat16")])
 def test_one_iteration_in_half_precision(model, prompts, tmp_path, family, dtype):
-    result = run("grpo.py", model(family), prompts, tmp_path / "run", "--dtype", dtype, *SIZES["grpo.py"])
+    result = run("grpo", model(family), prompts, tmp_path / "run", "--dtype", dtype)
     check_run(result, tmp_path / "run")
+
+
+def test_halves_have_the_gradient_of_float32_at_the_true_latent_size():
+    """SD3's 16 x 64 x 64 latents and default batch, where float16's gradients would be 0 without loss_scale."""
+    torch.manual_seed(0)
+    pipe = small_pipelines.sd3()
+    pipe.vae = diffusers.AutoencoderKL.from_config(pipe.vae.config, latent_channels=16)
+    pipe.transformer = diffusers.SD3Transformer2DModel.from_config(
+        pipe.transformer.config, sample_size=64, in_channels=16, out_channels=16, pos_embed_max_size=64
+    )
+    x, noise = torch.randn(2, 1, 2, 16, 64, 64)
+    text = [torch.randn(3, 20, 32), torch.randn(3, 32)]
+    levels, where = torch.tensor([[0.9], [0.8], [0.7]]), (torch.zeros(2, dtype=torch.long), torch.arange(2))
+    found = {}
+    for dtype, scaled in (("float32", True), ("bfloat16", True), ("float16", True), ("float16", False)):
+        copy = small_pipelines.sd3()
+        copy.register_modules(vae=pipe.vae, transformer=deepcopy(pipe.transformer).to(common.DTYPES[dtype]))
+        policy = common.Policy(copy, 128, device="cpu", micro_batch=2, lora_rank=4)
+        assert policy.shape == (16, 64, 64)
+        torch.manual_seed(1)
+        for parameter in policy.parameters:
+            torch.nn.init.normal_(parameter, std=0.02)
+        policy.loss_scale = policy.loss_scale if scaled else 1.0
+        rows = [part.to(common.DTYPES[dtype]) for part in text]
+        logp, _, _ = grpo.transition_logp(policy, rows, torch.arange(2), levels, "flow", x, x + 0.1 * noise, *where)
+        loss = -torch.tensor([1.0, -0.5]) * (logp - logp.detach()).exp()
+        policy.backward((loss / 9).sum() / (48 * 24 / 2))  # 9 steps, half of 48 prompts x 24 images
+        norm = policy.clip_gradients(1e9)
+        found[dtype, scaled] = norm, torch.cat([parameter.grad.flatten() for parameter in policy.parameters])
+    true_norm, true = found["float32", True]
+    cosine = {key: torch.cosine_similarity(true, gradient, 0).item() for key, (_, gradient) in found.items()}
+    assert cosine["bfloat16", True] > 0.99 and cosine["float16", True] > 0.99
+    assert found["float16", True][0] == pytest.approx(true_norm, rel=0.05)
+    assert cosine["float16", False] < 0.9  # it is the scale that does it
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -211,7 +244,7 @@ def test_gradient_checkpointing_changes_no_gradient(model, family):
         torch.manual_seed(1)
         for parameter in policy.parameters:
             torch.nn.init.normal_(parameter, std=0.2)
-        noise = policy.noise(2, torch.Generator().manual_seed(0))
+        noise = policy.noise(2, 1, torch.Generator().manual_seed(0))
         policy.velocity(noise, 0.7, policy.encode(PROMPTS), torch.arange(2)).square().mean().backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in policy.parameters]))
     assert gradients[0].norm() > 0 and difference(*gradients) < 1e-6
@@ -228,28 +261,28 @@ def test_resolution_the_model_cannot_do(model, family, resolution, told):
 
 
 def test_resolution_is_refused_before_weights_are_loaded(tmp_path, prompts):
-    result = run("grpo.py", "tiny", prompts, tmp_path / "run", "--resolution", "40", "--group_size", "8")
-    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    result = run("grpo", "tiny", prompts, tmp_path / "run", "--resolution", "40")
+    assert result.returncode == 2 and len(errors(result.stderr)) == 1, result.stderr
     assert "--resolution 40" in result.stderr and "32 is the most" in result.stderr
 
 
 def test_another_pipeline_is_refused_with_the_list(tmp_path, prompts):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
-    result = run("grpo.py", tmp_path / "other", prompts, tmp_path / "run")
-    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    result = run("grpo", tmp_path / "other", prompts, tmp_path / "run")
+    assert result.returncode == 2 and len(errors(result.stderr)) == 1
     for name in ("StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline", "Flux2KleinPipeline"):
         assert name in result.stderr
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lora_targets(family):
-    """Which layers have an adapter: attention for SD3, feed-forward too for FLUX; never the first or last layer."""
-    transformer = small_pipelines.MAKERS[family]().transformer
-    targets = {"sd3": common.SD3, "flux": common.Flux, "flux2": common.Flux2Klein}[family].targets
-    from peft import LoraConfig
-
-    transformer.add_adapter(LoraConfig(r=2, target_modules=targets))
+    """The adapter alone trains. It is in attention for SD3, feed-forward too for FLUX; never first or last."""
+    policy = common.Policy(small_pipelines.MAKERS[family](), 16, device="cpu", lora_rank=2)
+    transformer = policy.transformer
+    parts = (policy.pipe.vae, transformer, *policy.encoders)
+    trained = [name for part in parts for name, p in part.named_parameters() if p.requires_grad]
+    assert all(".lora_A." in name or ".lora_B." in name for name in trained) and len(trained) == len(policy.parameters)
     names = {name.split(".lora_A")[0] for name, _ in transformer.named_parameters() if ".lora_A" in name}
     assert all("transformer_blocks." in name for name in names)
     expected = {"to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"}
@@ -286,8 +319,8 @@ def test_only_the_prompts_in_use_are_encoded(model, tmp_path, monkeypatch):
     seen, encode = set(), common.SD3.encode
     monkeypatch.setattr(common.SD3, "encode", lambda self, texts: seen.update(texts) or encode(self, texts))
     command = f"--model {model('sd3')} --prompts {tmp_path}/prompts.txt --reward jpeg_compressibility --device cpu"
-    command += " --steps 2 --eval_steps 1 --prompts_per_iteration 2 --group_size 8 --micro_batch 16 --resolution 16"
-    command += f" --lora_rank 2 --iterations 1 --output {tmp_path}/run"
+    command += " --steps 2 --eval-steps 1 --prompts-per-iteration 2 --group-size 8 --micro-batch 16 --resolution 16"
+    command += f" --lora-rank 2 --iterations 1 --output {tmp_path}/run"
     start = time.perf_counter()
     grpo.main(common.parse_args(grpo.Args, grpo.DEFAULTS, command.split()))
     assert time.perf_counter() - start < 20
@@ -296,7 +329,7 @@ def test_only_the_prompts_in_use_are_encoded(model, tmp_path, monkeypatch):
 
 def test_scores_in_slices_are_the_scores(model):
     policy = make_policy(model("flux"))
-    latents, prompts = policy.noise(7, torch.Generator().manual_seed(0)), [f"prompt {n}" for n in range(7)]
+    latents, prompts = policy.noise(7, 1, torch.Generator().manual_seed(0)), [f"prompt {n}" for n in range(7)]
     reward = get_reward("jpeg_compressibility=0.5")
     whole, parts = common.score(policy, reward, latents, prompts)
     sliced, sliced_parts = common.score(policy, reward, latents, prompts, at_once=2)

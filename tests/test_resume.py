@@ -3,19 +3,13 @@
 import json
 import shutil
 
-from conftest import SCRIPTS, here, metrics, small
+from conftest import SCRIPTS, assert_same_run, errors, here, small
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 LORA = "lora/pytorch_lora_weights.safetensors"
-EXTRA = {"grpo": "--kl-coef 0.01", "gcpo": "--weighted-sampling", "tempflow_grpo": "--branch-steps 2"}
-
-
-def same_weights(a, b):
-    one, other = load_file(a / LORA), load_file(b / LORA)
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+EXTRA = {"grpo": "--kl-coef 0.01", "gcpo": "--weighted-sampling", "tempflow_grpo": "--sde-steps 2"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -29,13 +23,8 @@ def test_stopped_and_resumed_is_the_same_run(script, tmp_path):
         file.write('{"iteration": 4, "rew')  # half a last line
     done = here(script, "--resume", halves, "--iterations", "6")
     assert done.returncode == 0, done.stderr
-    assert metrics(whole, times=False) == metrics(halves, times=False)
-    assert same_weights(whole, halves)
-    one, other = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, halves))
-    assert one["counters"] == other["counters"] and one["iteration"] == other["iteration"] == 6
-    for a, b in zip(one["optimizer"]["state"].values(), other["optimizer"]["state"].values(), strict=True):
-        assert all(torch.equal(a[key], b[key]) for key in a)
-    assert all(torch.equal(a, b) for a, b in zip(one["ema"]["shadow_params"], other["ema"]["shadow_params"]))
+    assert_same_run(whole, halves)
+    assert (whole / LORA).read_bytes() == (halves / LORA).read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -51,17 +40,17 @@ def finished(tmp_path_factory):
 @pytest.mark.parametrize(
     "script, options, says",
     [
-        ("grpo", "--learning-rate 0.5", "--learning-rate"),
-        ("grpo", "--group-size 12", "--group-size"),  # the default, but not that run's
-        ("grpo", "--seed 1", "--seed"),
-        ("grpo", "--iterations 1", "--iterations"),
+        ("grpo", "--learning-rate 0.5", "--learning-rate cannot stand beside --resume"),
+        ("grpo", "--group-size 4", "--group-size cannot stand beside --resume"),  # though it is that run's
+        ("grpo", "--output other", "--output cannot stand beside --resume"),
+        ("grpo", "--iterations 1", "--iterations 1 is less than the 2"),
         ("gcpo", "", "grpo.py"),
     ],
 )
-def test_what_would_change_the_past_is_refused_by_name(finished, script, options, says):
+def test_resume_takes_every_setting_from_the_run(finished, script, options, says):
     done = here(script, "--resume", finished, *options.split())
-    lines = [line for line in done.stderr.splitlines() if not line.startswith("warning: ")]
-    assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0]
+    (line,) = errors(done.stderr)
+    assert done.returncode == 2 and line.startswith("error: ") and says in line
 
 
 def damaged(finished, tmp_path, damage):
@@ -84,13 +73,7 @@ def foreign(folder):
 
 def other_prompts(folder):
     config = json.loads((folder / "config.json").read_text())
-    config["prompts_sha256"]["prompts"] = "0" * 64
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def old_config(folder):
-    config = json.loads((folder / "config.json").read_text())
-    config["prompts_sha256"] = "0" * 64  # as it was once, of one file
+    config["prompts_sha256"][0] = "0" * 64
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -100,19 +83,25 @@ def no_versions(folder):
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def another_setting(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["settings"]["branch_steps"] = config["settings"].pop("sde_steps")
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 @pytest.mark.parametrize(
     "damage, says",
     [
-        (cut, "checkpoint.pt"),
+        (cut, "checkpoint.pt cannot be resumed from"),
         (foreign, "another model"),
-        (other_prompts, "--prompts"),
-        (old_config, "another version"),
-        (no_versions, "another version"),
+        (other_prompts, "--prompts or --eval-prompts have changed"),
+        (no_versions, "no run that grpo.py can go on with"),
+        (another_setting, "another version"),
     ],
 )
 def test_damaged_runs_are_told(finished, tmp_path, damage, says):
     done = here("grpo", "--resume", damaged(finished, tmp_path, damage), "--iterations", "3")
-    assert done.returncode == 2 and says in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert done.returncode == 2 and len(errors(done.stderr)) == 1 and says in done.stderr, done.stderr
 
 
 def test_another_version_of_torch_is_a_warning(finished, tmp_path):
@@ -122,4 +111,4 @@ def test_another_version_of_torch_is_a_warning(finished, tmp_path):
         (folder / "config.json").write_text(json.dumps(config))
 
     done = here("grpo", "--resume", damaged(finished, tmp_path, older), "--iterations", "3")
-    assert done.returncode == 0 and "warning: this run began with torch 2.0.0" in done.stderr
+    assert done.returncode == 0 and "warning: this run began with {'torch': '2.0.0'" in done.stderr

@@ -16,12 +16,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tiny")]
 import make  # noqa: E402
 import rewards  # noqa: E402
 from rewards import RewardError, get_reward  # noqa: E402
+from shapes import parse_scene, shapes  # noqa: E402
 
 
 @pytest.fixture
 def register(monkeypatch):
     """register(name, function) makes a reward for one test."""
-    return lambda name, function: monkeypatch.setitem(rewards.REWARDS, name, function)
+    return lambda name, function: monkeypatch.setitem(rewards.REWARDS, name, rewards.Entry(function))
 
 
 def noise(count=3, size=24, seed=0):
@@ -57,28 +58,28 @@ def test_shapes_knows_a_true_picture_from_a_wrong_one():
     rng = random.Random(123)
     train, held_out = make.split_prompts()
     prompts = rng.sample(train, 100) + rng.sample(held_out, 40)
-    images = make.draw([rewards.parse_scene(prompt) for prompt in prompts], rng)
-    true = rewards.shapes(images, prompts)
+    images = make.draw([parse_scene(prompt) for prompt in prompts], rng)
+    true = shapes(images, prompts)
     assert true.shape == (140,) and true.dtype == torch.float32
     assert true.mean() >= 0.99
     others = [rng.choice(make.ALL_PROMPTS) for _ in prompts]
     others = [o if o != p else "four green circles" for o, p in zip(others, prompts)]
-    assert rewards.shapes(images, others).mean() < 0.2
+    assert shapes(images, others).mean() < 0.2
     assert true.min() >= 0 and true.max() <= 1
 
 
 def test_shapes_of_pictures_of_another_size():
     rng = random.Random(5)
     prompts = rng.sample(make.ALL_PROMPTS, 20)
-    images = make.draw([rewards.parse_scene(prompt) for prompt in prompts], rng)
+    images = make.draw([parse_scene(prompt) for prompt in prompts], rng)
     larger = images.repeat_interleave(3, 2).repeat_interleave(3, 3)
-    assert rewards.shapes(larger, prompts).mean() >= 0.99
+    assert shapes(larger, prompts).mean() >= 0.99
 
 
 def test_shapes_sees_count_colour_shape_and_position():
     circle, square = ("red", "circle"), ("blue", "square")
     images = make.draw([([circle, square], "left of")] * 8, random.Random(0))
-    right = rewards.shapes(images, ["a red circle left of a blue square"] * 8)
+    right = shapes(images, ["a red circle left of a blue square"] * 8)
     assert right.min() > 0.95
     for wrong in [
         "a red circle right of a blue square",
@@ -88,9 +89,9 @@ def test_shapes_sees_count_colour_shape_and_position():
         "two red circles",
         "a yellow triangle",
     ]:
-        assert rewards.shapes(images, [wrong] * 8).max() < 0.6, wrong
-    assert rewards.shapes(torch.rand(4, 3, 32, 32), ["a red circle"] * 4).max() < 0.3
-    assert rewards.shapes(torch.ones(4, 3, 32, 32), ["a red circle"] * 4).max() == 0
+        assert shapes(images, [wrong] * 8).max() < 0.6, wrong
+    assert shapes(torch.rand(4, 3, 32, 32), ["a red circle"] * 4).max() < 0.3
+    assert shapes(torch.ones(4, 3, 32, 32), ["a red circle"] * 4).max() == 0
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,7 @@ def test_shapes_sees_count_colour_shape_and_position():
 )
 def test_shapes_says_which_prompts_it_can_read(prompt):
     with pytest.raises(ValueError, match="three blue squares"):
-        rewards.parse_scene(prompt)
+        parse_scene(prompt)
     with pytest.raises(RewardError, match="cannot read the prompt") as error:
         get_reward("jpeg_compressibility,shapes=0.5").check(["a red circle", prompt])
     assert error.value.exit_status == 2
@@ -129,8 +130,9 @@ def test_a_sum_is_weighted_and_its_parts_are_raw():
         ("my_file.py:f=-1", "my_file.py:f", "-1"),
     ],
 )
-def test_where_a_name_ends_and_its_weight_begins(part, name, weight):
-    assert rewards.split_weight(part) == (name, weight)
+def test_where_a_name_ends_and_its_weight_begins(part, name, weight, monkeypatch):
+    monkeypatch.setattr(rewards, "find_function", lambda *arguments: (None, None, None))
+    assert {name: part.weight for name, part in get_reward(part).parts.items()} == {name: float(weight)}
 
 
 @pytest.mark.parametrize(
@@ -138,7 +140,7 @@ def test_where_a_name_ends_and_its_weight_begins(part, name, weight):
     [
         ("nothing", "unknown reward 'nothing'.*known are shapes"),
         ("shapes,shapes=2", "twice"),
-        ("shapes=x", "no number"),
+        ("shapes=x", "is to be a finite number"),
         ("shapes=nan", "finite"),
         ("shapes=inf", "finite"),
         ("", "unknown reward"),
@@ -148,7 +150,6 @@ def test_where_a_name_ends_and_its_weight_begins(part, name, weight):
         ("vlm", "vlm:http"),
         ("vlm:localhost", "vlm:http"),
         ("vlm:http://h/v1?question=@no_file.txt", "no file no_file.txt with the question"),
-        ("clipscore:/no/such/folder", "no folder /no/such/folder"),
         ("no_file.py:f", "no file no_file.py"),
         ("file.py", "my_file.py:my_function"),
     ],
@@ -159,13 +160,21 @@ def test_what_is_wrong_with_a_name_is_told(spec, told):
     assert error.value.exit_status == 2
 
 
+@pytest.mark.parametrize("spec", ["clipscore:/no/such/folder", "geneval?clip=./none", "hpsv2:a/b/c", "aesthetic:../x"])
+def test_a_folder_that_is_not_there(spec, monkeypatch):
+    monkeypatch.setattr(rewards.importlib.util, "find_spec", lambda module: True)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda source, file: "file")
+    with pytest.raises(RewardError, match=f"there is no folder {re.split('[:=]', spec)[1]}") as error:
+        get_reward(spec).check(["a photo of a dog"])
+    assert error.value.exit_status == 2
+
+
 @pytest.mark.parametrize(
     "name,package,install",
     [
         ("ocr", "rapidocr", "pip install rapidocr onnxruntime"),
         ("hpsv2", "open_clip", "pip install open_clip_torch"),
-        ("hpsv3", "hpsv3", "pip install hpsv3"),
-        ("imagereward", "ImageReward", "pip install image-reward"),
+        ("hpsv3", "hpsv3", "pip install --no-deps hpsv3"),
     ],
 )
 def test_a_missing_package_is_named_with_its_install_command(name, package, install, monkeypatch):
@@ -260,10 +269,8 @@ def test_own_function(tmp_path):
     naive = [float(i[0].mean() - (i[1].mean() + i[2].mean()) / 2) for i in images]
     assert parts[f"{file}:redness"].tolist() == pytest.approx(naive, abs=1e-6)
     assert total.tolist() == pytest.approx([2 * n for n in naive], abs=1e-6)
-    assert get_reward(f"{file}:redness,jpeg_compressibility").weights == {
-        f"{file}:redness": 1,
-        "jpeg_compressibility": 1,
-    }
+    parts = get_reward(f"{file}:redness,jpeg_compressibility").parts
+    assert {name: part.weight for name, part in parts.items()} == {f"{file}:redness": 1, "jpeg_compressibility": 1}
 
 
 def test_arguments_of_an_own_function_can_be_set(tmp_path):

@@ -187,7 +187,7 @@ def test_text_score(read, wanted, score):
 def test_quoted_text(monkeypatch):
     assert rewards.quoted_text('a sign that says "Open 24" and "no"') == "Open 24"
     assert rewards.quoted_text("a sign, “Open”") == "Open"
-    monkeypatch.setattr(rewards, "check_packages", lambda kind: None)
+    monkeypatch.setattr(rewards.importlib.util, "find_spec", lambda module: True)
     for prompt in ("a sign", 'a "" sign', 'a " " sign', 'a "sign'):
         with pytest.raises(RewardError, match="finds no quoted text"):
             get_reward("ocr").check(['a sign "yes"', prompt])

@@ -1,6 +1,7 @@
 """The sampler's formulas against closed forms, torch.distributions and diffusers' own pipeline."""
 
 import itertools
+import math
 
 import common
 import grpo
@@ -16,24 +17,47 @@ def sd3_sigmas(steps):
     return scheduler.sigmas
 
 
-@pytest.mark.parametrize("kind, level", [("flow", 0.3), ("flow", 0.7), ("flow", 1.2), ("dance", 0.3), ("dance", 0.8)])
-def test_sde_keeps_the_marginals_of_gaussian_data(kind, level):
-    """Data N(m, d^2): the true velocity is E[eps - x0 | x]; many small SDE steps must end in N(m, d^2)."""
+def gaussian_velocity(x, sigma, m, d):
+    """The true velocity E[eps - x0 | x] where images are N(m, d^2)."""
+    variance = (1 - sigma) ** 2 * d**2 + sigma**2
+    centred = x - (1 - sigma) * m
+    return sigma / variance * centred - (m + (1 - sigma) * d**2 / variance * centred)
+
+
+@pytest.mark.parametrize("sde, level", [("flow", 0.7), ("flow", 1.2), ("dance", 0.8)])
+def test_sde_keeps_the_marginals_of_gaussian_data(sde, level):
+    """Many small SDE steps must end in the data's N(m, d^2)."""
     torch.manual_seed(0)
-    m, d, count = 0.7, 0.5, 100_000
+    m, d, count = 0.7, 0.5, 20_000
     sigmas = torch.linspace(1, 0, 401, dtype=torch.float64)
-    s = common.noise_scale(sigmas, kind, level)
+    s = common.noise_scale(sigmas, sde, level)
     x = torch.randn(count, 1, dtype=torch.float64)
     for i in range(400):
-        sigma = sigmas[i]
-        variance = (1 - sigma) ** 2 * d**2 + sigma**2
-        centred = x - (1 - sigma) * m
-        velocity = sigma / variance * centred - (m + (1 - sigma) * d**2 / variance * centred)
-        scale = s[i] if i < 399 else 0.0
-        mean, std = common.sde_mean_std(x, velocity, sigma, sigmas[i + 1], scale)
+        velocity = gaussian_velocity(x, sigmas[i], m, d)
+        mean, std = common.sde_mean_std(x, velocity, sigmas[i], sigmas[i + 1], s[i] if i < 399 else 0.0, sde)
         x = mean + std * torch.randn_like(x)
     assert abs(x.mean().item() - m) < 0.015
     assert abs(x.var().item() - d**2) < 0.01
+
+
+@pytest.mark.parametrize("level", [0.3, 0.8, 1.0])
+def test_cps_leaves_noise_of_exactly_sigma_whatever_the_step(level):
+    """Data of one point, c: states are N((1 - sigma) c, sigma^2) in closed form, at each of four rough steps.
+
+    There the true velocity is (x - c) / sigma, so mean and variance of the next state follow from those of the last.
+    """
+    c, sigmas = 0.7, sd3_sigmas(4).double()
+    s = common.noise_scale(sigmas, "cps", level)
+    average, variance = torch.tensor([[0.0]]).double(), torch.tensor(1.0).double()
+    for i in range(3):
+        levels = sigmas[i], sigmas[i + 1], s[i], "cps"
+        x = torch.cat([average, average + 1])  # a step's mean is linear in x: its slope by two points
+        mean, std = common.sde_mean_std(x, (x - c) / sigmas[i], *levels)
+        slope = mean[1] - mean[0]
+        average, variance = mean[:1], slope**2 * variance + std**2
+        assert average.item() == pytest.approx(((1 - sigmas[i + 1]) * c).item(), abs=1e-12)
+        assert variance.sqrt().item() == pytest.approx(sigmas[i + 1].item(), rel=1e-9)
+        assert std.item() == pytest.approx((sigmas[i + 1] * math.sin(level * math.pi / 2)).item(), rel=1e-9)
 
 
 def test_ode_keeps_the_marginals_of_gaussian_data():
@@ -41,30 +65,35 @@ def test_ode_keeps_the_marginals_of_gaussian_data():
     x = torch.linspace(-2, 2, 101, dtype=torch.float64)[:, None]
     start, sigmas = x.clone(), torch.linspace(1, 0, 4001, dtype=torch.float64)
     for sigma, sigma_next in itertools.pairwise(sigmas):
-        variance = (1 - sigma) ** 2 * d**2 + sigma**2
-        centred = x - (1 - sigma) * m
-        velocity = sigma / variance * centred - (m + (1 - sigma) * d**2 / variance * centred)
-        x, _ = common.sde_mean_std(x, velocity, sigma, sigma_next, 0.0)
+        x, _ = common.sde_mean_std(x, gaussian_velocity(x, sigma, m, d), sigma, sigma_next, 0.0)
     torch.testing.assert_close(x, m + d * start, atol=2e-3, rtol=0)  # the ODE maps noise to data linearly
 
 
-def test_noise_zero_is_the_euler_step_exactly():
+@pytest.mark.parametrize("sde", ["flow", "dance", "cps"])
+def test_noise_zero_is_the_euler_step_exactly(sde):
     x, v = torch.randn(2, 5, 3, 4, 4)
-    mean, std = common.sde_mean_std(x, v, 0.6, 0.4, 0.0)
+    mean, std = common.sde_mean_std(x, v, 0.6, 0.4, 0.0, sde)
     delta = torch.tensor(0.6) - torch.tensor(0.4)
     assert torch.equal(mean, x - v * delta) and std.abs().max() == 0
+    assert common.noise_scale(sd3_sigmas(10), sde, 0.0).abs().max() == 0
 
 
-def test_sde_mean_is_the_papers_formula():
+@pytest.mark.parametrize("sde", ["flow", "cps"])
+def test_sde_mean_is_the_papers_formula(sde):
     x, v = torch.randn(2, 6, 2, 3, dtype=torch.float64)
-    sigma, sigma_next, s = torch.rand(3, 6, dtype=torch.float64).sort(0, descending=True).values
-    mean, std = common.sde_mean_std(x, v, sigma, sigma_next, s)
+    sigma, sigma_next = torch.rand(2, 6, dtype=torch.float64).sort(0, descending=True).values
+    std = sigma_next * torch.rand(6, dtype=torch.float64)
+    s = std / (sigma - sigma_next).sqrt()
+    mean, got_std = common.sde_mean_std(x, v, sigma, sigma_next, s, sde)
     for i in range(6):
-        delta = sigma[i] - sigma_next[i]
-        # [FG] eq. 9: v plus the score term, times the step
-        drift = v[i] + s[i] ** 2 / (2 * sigma[i]) * (x[i] + (1 - sigma[i]) * v[i])
-        torch.testing.assert_close(mean[i], x[i] - drift * delta)
-        torch.testing.assert_close(std[i].item(), (s[i] * delta.sqrt()).item())
+        if sde == "cps":  # [CPS]: predicted image and noise, less of it by as much as is added
+            image, noise = x[i] - sigma[i] * v[i], x[i] + (1 - sigma[i]) * v[i]
+            want = (1 - sigma_next[i]) * image + (sigma_next[i] ** 2 - std[i] ** 2).sqrt() * noise
+        else:  # [FG] eq. 9: v plus the score term, times the step
+            drift = v[i] + s[i] ** 2 / (2 * sigma[i]) * (x[i] + (1 - sigma[i]) * v[i])
+            want = x[i] - drift * (sigma[i] - sigma_next[i])
+        torch.testing.assert_close(mean[i], want)
+        torch.testing.assert_close(got_std[i].item(), std[i].item())
 
 
 def test_log_prob_is_the_normal_distributions_mean():
@@ -94,6 +123,8 @@ def test_noise_scale():
         inside = sigmas[1] if i == 0 else sigmas[i]
         assert s[i].item() == pytest.approx(0.7 * (sigmas[i] / (1 - inside)).item() ** 0.5, rel=1e-6)
     assert common.noise_scale(sigmas, "dance", 0.3).tolist() == pytest.approx([0.3] * 9)
+    std = common.noise_scale(sigmas, "cps", 0.8) * (sigmas[:-2] - sigmas[1:-1]).sqrt()
+    assert std.tolist() == pytest.approx((sigmas[1:-1] * 0.9510565).tolist(), rel=1e-5)  # sin 72 degrees
 
 
 @pytest.mark.parametrize("std", ["group", "batch"])
@@ -117,7 +148,7 @@ def test_group_advantage_against_a_loop(std):
 @pytest.fixture(scope="module")
 def tiny():
     args = common.parse_args(grpo.Args, grpo.DEFAULTS, ["--micro-batch", "4", "--lora-rank", "4"])
-    return common.Policy(args)
+    return common.make_policy(args, trajectories=4)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.5])
@@ -127,8 +158,9 @@ def test_rollout_without_noise_is_the_pipeline(tiny, guidance):
     tiny.guidance = guidance
     sigmas = tiny.sigmas(10)
     noise = [x0] + [torch.randn_like(x0) for _ in range(9)]
-    *_, rolled = grpo.rollout(tiny, tiny.encode(prompts), torch.arange(3), noise, sigmas, torch.zeros(9))
-    ode = common.ode_sample(tiny, x0, tiny.encode(prompts), torch.arange(3), sigmas)
+    text, owner = tiny.encode(prompts), torch.arange(3)
+    *_, rolled = grpo.rollout(tiny, text, owner, noise, sigmas, torch.zeros(9), "cps", range(9))
+    ode = common.ode_sample(tiny, x0, text, owner, sigmas)
     tiny.guidance = 1.0
     pipe = StableDiffusion3Pipeline.from_pretrained(common.TINY, text_encoder_3=None, tokenizer_3=None)
     options = dict(num_inference_steps=10, guidance_scale=guidance, max_sequence_length=0, latents=x0)

@@ -22,9 +22,9 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
+sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
 from common import picture_grid  # noqa: E402
-from rewards import COLOURS, NUMBERS, RELATIONS, SHAPES, parse_scene, shape_inside, shapes  # noqa: E402
+from shapes import COLOURS, NUMBERS, RELATIONS, SHAPES, parse_scene, shape_inside, shapes  # noqa: E402
 
 NOISE = 0.4  # share of captions with one wrong attribute
 THINGS = list(itertools.product(COLOURS, SHAPES))
