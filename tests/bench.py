@@ -1,21 +1,32 @@
-"""Measurements. Each subcommand is a function below; `python tests/bench.py COMMAND --help` tells its options.
+"""Counts and measurements. Each command is a function below; `python tests/bench.py COMMAND --help` tells its options.
 
-python tests/bench.py model --model sd3 --resolution 512            # speed and memory at the true size, on CUDA
-python tests/bench.py model --model flux --resolution 512 --tiny    # the same lines from a toy, on a CPU
-python tests/bench.py tempflow                                     # the savings of tempflow_grpo.py, on the tiny model
-python tests/bench.py curves                                       # the study of the README; --plot makes its figures
+python tests/bench.py plan --model sd3 --memory 24 --tflops 65   # time and memory of the scripts, by count
+python tests/bench.py plan --model sd3 --sde-steps 3 --guidance 1    # the same, with options of theirs
+python tests/bench.py model --model sd3             # the same calls measured with random weights, on CUDA
+python tests/bench.py model --model flux --tiny     # the same lines from a toy, on a CPU
+python tests/bench.py tempflow                      # the savings of tempflow_grpo.py, on the tiny model
+python tests/bench.py curves                        # the study of the README; --plot makes its figures
 """
 
 import argparse
+import dataclasses
+import json
+import math
 import os
 import sys
+import tempfile
 import time
-from contextlib import nullcontext
+import weakref
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 from unittest import mock
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -26,69 +37,75 @@ import grpo  # noqa: E402
 import study  # noqa: E402
 import tempflow_grpo  # noqa: E402
 
-# ---------------------------------------------------------------- model: speed and memory at the true sizes
+SCRIPTS = (grpo, gcpo, tempflow_grpo)
 
-# For each family: the transformer's class and settings, its parameters in billions, the shapes of a prompt's text, and
-# what --tiny changes.
+# ---------------------------------------------------------------- the networks in their true sizes
+
+CLIP_L = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768)
+CLIP_G = dict(
+    hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280
+)
+T5_XXL = dict(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
+QWEN3_4B = dict(
+    hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
+    head_dim=128, tie_word_embeddings=True,
+)  # fmt: skip
+PICKSCORE = dict(  # CLIP ViT-H/14
+    text_config=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16),
+    vision_config=dict(
+        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14
+    ),
+    projection_dim=1024,
+)
+
+# For each family: its pipeline, the transformer's class and settings, its parameters in billions, the text encoders,
+# the shapes of a prompt's text, and what --tiny changes.
 SIZES = {
     "sd3": dict(
+        pipeline="StableDiffusion3Pipeline",
         transformer="SD3Transformer2DModel",
         config=dict(
-            sample_size=128,
-            patch_size=2,
-            in_channels=16,
-            out_channels=16,
-            num_layers=24,
-            attention_head_dim=64,
-            num_attention_heads=24,
-            joint_attention_dim=4096,
-            caption_projection_dim=1536,
-            pooled_projection_dim=2048,
-            pos_embed_max_size=384,
-            dual_attention_layers=tuple(range(13)),
-            qk_norm="rms_norm",
+            sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64,
+            num_attention_heads=24, joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048,
+            pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm",
         ),
         parameters=2.243,
+        encoders=dict(
+            text_encoder=("CLIPTextModelWithProjection", CLIP_L),
+            text_encoder_2=("CLIPTextModelWithProjection", CLIP_G | dict(hidden_act="gelu")),
+            text_encoder_3=("T5EncoderModel", T5_XXL),
+        ),
         text=[(77 + 256, 4096), (2048,)],
         vae=dict(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609),
         tiny=dict(num_layers=2, num_attention_heads=2, caption_projection_dim=128, dual_attention_layers=(0,)),
     ),
     "flux": dict(
+        pipeline="FluxPipeline",
         transformer="FluxTransformer2DModel",
         config=dict(
-            patch_size=1,
-            in_channels=64,
-            num_layers=19,
-            num_single_layers=38,
-            attention_head_dim=128,
-            num_attention_heads=24,
-            joint_attention_dim=4096,
-            pooled_projection_dim=768,
-            guidance_embeds=True,
+            patch_size=1, in_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128,
+            num_attention_heads=24, joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True,
         ),
         parameters=11.90,
+        encoders=dict(text_encoder=("CLIPTextModel", CLIP_L), text_encoder_2=("T5EncoderModel", T5_XXL)),
         text=[(512, 4096), (768,)],
         vae=dict(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159),
         tiny=dict(num_layers=1, num_single_layers=1, num_attention_heads=2),
     ),
     "flux2": dict(
+        pipeline="Flux2KleinPipeline",
         transformer="Flux2Transformer2DModel",
         config=dict(
-            in_channels=128,
-            num_layers=5,
-            num_single_layers=20,
-            attention_head_dim=128,
-            num_attention_heads=24,
-            joint_attention_dim=7680,
-            guidance_embeds=False,
+            in_channels=128, num_layers=5, num_single_layers=20, attention_head_dim=128, num_attention_heads=24,
+            joint_attention_dim=7680, guidance_embeds=False,
         ),
         parameters=3.88,
+        encoders=dict(text_encoder=("Qwen3ForCausalLM", QWEN3_4B)),
         text=[(512, 7680)],
         vae=dict(latent_channels=32),
         tiny=dict(num_layers=1, num_single_layers=1, num_attention_heads=2),
     ),
-}
-CHUNK = 7  # the longest of [GC]'s fixed sizes 2, 3, 4, 7
+}  # fmt: skip
 
 
 def make_transformer(name, tiny=False):
@@ -101,11 +118,10 @@ def make_transformer(name, tiny=False):
 def make_vae(name, tiny=False):
     import diffusers
 
-    channels = (32,) * 4 if tiny else (128, 256, 512, 512)
     options = dict(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=channels,
+        block_out_channels=(32,) * 4 if tiny else (128, 256, 512, 512),
         layers_per_block=1 if tiny else 2,
     )
     if name != "flux2":
@@ -114,8 +130,29 @@ def make_vae(name, tiny=False):
     return vae_class(**options, **SIZES[name]["vae"])
 
 
-def make_policy(args, dtype, **settings):
-    """A Policy whose transformer and VAE have the true sizes and random weights, made on the device in dtype."""
+def make_encoder(class_name, config):
+    import transformers
+
+    model_class = getattr(transformers, class_name)
+    return model_class(model_class.config_class(**config)).eval()
+
+
+def make_on(device, dtype, make, *args):
+    """A network made at once on a device in a dtype: in float32 on the CPU some would not fit."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return make(*args).to(dtype)  # SD3's table of positions is made in float32
+    finally:
+        torch.set_default_dtype(before)
+
+
+def make_pipeline(name, device, dtype, tiny=False, encoders=False):
+    """A pipeline with transformer and VAE, and text encoders if asked, of the true sizes with random weights.
+
+    All else is that of small_pipelines.py: tokenizers of a few letters, the scheduler.
+    """
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -124,332 +161,398 @@ def make_policy(args, dtype, **settings):
     import diffusers
 
     diffusers.utils.logging.set_verbosity_error()
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(args.device):
-            transformer, vae = make_transformer(args.model, args.tiny), make_vae(args.model, args.tiny)
-    finally:
-        torch.set_default_dtype(before)
-    for weight in transformer.parameters():  # some are zero at first, and would hide errors of rounding
-        if weight.dim() > 1:
-            torch.nn.init.normal_(weight, std=0.02)
-    pipe = small_pipelines.MAKERS[args.model]()  # its scheduler and methods; its encoders are not used
-    pipe.register_modules(transformer=transformer.to(dtype), vae=vae.to(dtype))
-    pipe.vae_scale_factor, pipe.patch_size = 8, transformer.config.patch_size
-    defaults = grpo.DEFAULTS[args.model]
-    names = ("guidance", "lora_rank", "lora_alpha")
-    usual = {name: defaults[name] for name in names} | dict(model="random", seed=0, dtype=str(dtype).split(".")[1])
-    usual |= {name: getattr(args, name) for name in ("device", "resolution", "micro_batch", "compile")}
-    usual |= {"gradient_checkpointing": args.gradient_checkpointing}
-    return common.Policy(SimpleNamespace(**usual | settings), pipe=pipe)
+    pipe = small_pipelines.MAKERS[name]()
+    networks = dict(
+        transformer=make_on(device, dtype, make_transformer, name, tiny),
+        vae=make_on(device, dtype, make_vae, name, tiny),
+    )
+    if encoders:
+        for part, size in SIZES[name]["encoders"].items():
+            networks[part] = make_on(device, dtype, make_encoder, *size)
+        pipe.tokenizer_max_length = 77 if name != "flux2" else pipe.tokenizer_max_length
+        for tokenizer in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)):
+            if type(tokenizer).__name__.startswith("CLIP"):
+                tokenizer.model_max_length = 77
+    pipe.register_modules(**networks)
+    pipe.vae_scale_factor, pipe.patch_size = 8, networks["transformer"].config.patch_size
+    return pipe
 
 
-def make_text(args, policy, rows=2):
-    generator = torch.Generator().manual_seed(0)
-    dtype, shapes = policy.transformer.dtype, SIZES[args.model]["text"]
-    return [torch.randn(rows + 1, *shape, generator=generator).to(policy.device, dtype) for shape in shapes]
+def policy_of(args, pipe, device, **settings):
+    """The Policy of a script's settings, with this pipeline and device in place of the model's."""
+    names = "resolution guidance micro_batch lora_rank lora_alpha ema_decay gradient_checkpointing compile".split()
+    return common.Policy(pipe, **{name: getattr(args, name) for name in names} | settings, device=device)
 
 
-def timed(device, function, warm_up=True):
-    """Seconds of a call, and its peak memory in GB (nan on a CPU). The warm-up pays for compiling and allocating."""
-    cuda = torch.device(device).type == "cuda"
-    if warm_up:
+# ---------------------------------------------------------------- plan: time and memory by count
+
+
+class Meter(TorchDispatchMode):
+    """Counts FLOPs, kernels, and the bytes of all tensors that are made inside and live at a time, on the meta device.
+
+    A kernel is an operation that is no view and no allocation. kept: tensors that are there already.
+    """
+
+    seen: ClassVar[dict] = {}  # the layers of a network are alike, and to work out shapes takes long
+
+    def __init__(self, kept=()):
+        super().__init__()
+        self.flops = self.kernels = self.bytes = self.peak = 0
+        self.live = {tensor.untyped_storage()._cdata: 0 for tensor in kept}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out, flops = self.run(func, args, kwargs or {})
+        self.flops += flops
+        self.kernels += not (
+            func.is_view or func.name().startswith(("aten::empty", "aten::_unsafe_view", "aten::detach"))
+        )
+        for tensor in (x for x in tree_leaves(out) if isinstance(x, torch.Tensor)):
+            if tensor.is_meta and tensor.untyped_storage()._cdata not in self.live:
+                storage = tensor.untyped_storage()
+                self.live[storage._cdata] = storage.nbytes()
+                self.bytes += storage.nbytes()
+                weakref.finalize(storage, self.free, storage._cdata)
+        self.peak = max(self.peak, self.bytes)
+        return out
+
+    def run(self, func, args, kwargs):
+        """What an operation returns, and its FLOPs."""
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return False, 0  # no padding, says Qwen3's attention, and takes the causal kernel
+        leaves = tree_leaves((args, kwargs))
+        shapes = [(*x.shape, *x.stride(), x.dtype, x.device) if isinstance(x, torch.Tensor) else x for x in leaves]
+        key = func, len(args), *kwargs, *shapes
+        if key in self.seen:
+            shape, stride, dtype, flops = self.seen[key]
+            return torch.empty_strided(shape, stride, dtype=dtype, device="meta"), flops
+        out, count = func(*args, **kwargs), flop_registry.get(func._overloadpacket)
+        flops = count(*args, **kwargs, out_val=out) if count else 0
+        if isinstance(out, torch.Tensor) and out.is_meta and not func._schema.is_mutable:
+            there = [x.untyped_storage()._cdata for x in leaves if isinstance(x, torch.Tensor)]
+            if out.untyped_storage()._cdata not in there:  # no view
+                self.seen[key] = out.shape, out.stride(), out.dtype, flops
+        return out, flops
+
+    def free(self, key):
+        self.bytes -= self.live.pop(key)
+
+
+def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """The kernel that scaled_dot_product_attention takes on CUDA, for tensors of which only the shape is known."""
+    aten = torch.ops.aten
+    if enable_gqa:
+        key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
+    if query.dtype != torch.float32 and attn_mask is None and query.shape[-1] <= 256:
+        return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2]).to(query.dtype)
+    needs = torch.is_grad_enabled() and query.requires_grad
+    options = attn_mask, needs, dropout_p, is_causal
+    return aten._scaled_dot_product_efficient_attention(query, key, value, *options, scale=scale)[0]
+
+
+def tensors(network):
+    return [*network.parameters(), *network.buffers()]
+
+
+def count(function, kept=()):
+    """(FLOPs, kernels, peak bytes) of a call on the meta device."""
+    kept = [tensor for part in kept for tensor in (tensors(part) if isinstance(part, torch.nn.Module) else [part])]
+    with mock.patch("torch.nn.functional.scaled_dot_product_attention", attention), Meter(kept) as meter:
         function()
+    return meter.flops, meter.kernels, meter.peak
+
+
+def calls(policy, text):
+    """What a run does over and over: {name: function}, a call with a full micro-batch each, on the policy's device."""
+    M, device = policy.micro_batch, policy.device
+    x, x_next = (torch.randn(M, *policy.shape, device=device) for _ in range(2))
+    owner, sigma, std = (torch.full((M,), value, device=device) for value in (0, 0.5, 0.1))
+    logps = []
+
+    def logp():
+        mean, _ = common.sde_mean_std(x, policy.velocity(x, sigma, text, owner), sigma, 0.8 * sigma, std)
+        return common.log_prob(x_next, mean, std.view(-1, 1, 1, 1))
+
+    def rollout():
+        with torch.no_grad():
+            logps.append(logp())
+
+    def train():
+        value = logp()
+        value.sum().backward()
+        logps.append(value.detach())
+
+    return {"rollout": rollout, "train": train, "decode": lambda: policy.decode(x)}, logps
+
+
+# What the plan takes for granted about the machine.
+KERNEL = 5e-6  # seconds to launch a kernel
+HOST = 0.02  # seconds to bring a picture of 512 x 512 to the CPU and to make it ready for the reward
+BUS = 10e9  # bytes a second between the CPU's memory and the GPU's
+FREE = 0.05  # share of the memory that is left over; a card of "24 GB" has 24 GiB, 7% more, for what CUDA itself takes
+SCORED = 16  # pictures that PickScore takes at once
+ENCODED = 8  # prompts that Policy.encode takes at once
+HELD = 64  # pictures that common.score holds at a time
+
+
+def script_args(module, model, options):
+    """The settings of a script by its own command line, for a model that need not be there."""
+    fields = {script: {field.name for field in dataclasses.fields(script.Args)} for script in SCRIPTS}
+    line, own = [], True
+    for word in options:
+        if word.startswith("--"):  # what only another script has is left out, and its value with it
+            name = word[2:].split("=")[0].replace("-", "_")
+            own = name in fields[module] or not any(name in names for names in fields.values())
+        line += [word] if own else []
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "model_index.json").write_text(json.dumps({"_class_name": SIZES[model]["pipeline"]}))
+        usual = f"--model {folder} --prompts {common.TINY / 'prompts.txt'} --device cpu --dtype bfloat16"
+        return common.parse_args(module.Args, module.DEFAULTS, usual.split() + line)
+
+
+def work(module, args):
+    """What an iteration does, on average: a namespace of counts.
+
+    rollout, train: sizes of the batches of latents that take a forward, or a forward and a backward, each taken a
+    micro-batch at a time; evaluations: of the velocity, as a run counts them, for one pass of the network; images: that
+    are scored; trajectories: as common.make_policy counts them; latents: that are kept. Where chance decides, as which
+    chunks gcpo.py draws, it is the mean. Adaptive chunks are taken to be as few as --chunk-max allows.
+    """
+    P, U, T = args.prompts_per_iteration, args.updates_per_iteration, args.steps
+    steps, drawn = common.parse_sde_steps(args)
+    if module is tempflow_grpo:
+        N, B = P * args.seeds_per_prompt, args.branches
+        before = [sum(step < now for step in steps) for now in range(T)]
+        trunk = [1 - Fraction(math.comb(n, drawn), math.comb(len(steps), drawn)) for n in before]  # still has branches
+        forward = [N * (alive + B * Fraction(n * drawn, len(steps))) for n, alive in zip(before, trunk)]
+        images, trajectories, latents = N * B * drawn, N * B, N * (1 + drawn + 3 * B * drawn)
+    else:
+        N = images = trajectories = P * args.group_size
+        forward, latents = [N] * T, N * (T + 2 * drawn)
+    train = [Fraction(drawn * N, U)] * U
+    if module is gcpo:
+        few = -(-drawn // args.chunk_max)
+        sizes = gcpo.parse_chunks(args, steps, drawn) or [drawn // few + (n < drawn % few) for n in range(few)]
+        share = Fraction(max(1, int(args.chunk_fraction * len(sizes) + 0.5)), len(sizes))
+        train = [share * rows for rows in train]
+        # later updates need the log-probs of the whole chunk as they are now
+        forward += [share * sum(size for size in sizes if size > 1) * N / U] * (U - 1)
+    forward += train if args.kl_coef > 0 else []  # the reference
+    return SimpleNamespace(
+        rollout=forward, train=train, evaluations=float(sum(forward) + 3 * sum(train)), images=images,
+        trajectories=trajectories, latents=latents,
+    )  # fmt: skip
+
+
+def count_calls(policy, text):
+    """{call: (FLOPs, kernels, peak bytes)} of a policy on the meta device, with its micro-batch."""
+    policy.family.ids = None  # FLUX.1 keeps those of one size
+    for parameter in policy.parameters:
+        parameter.grad = torch.empty_like(parameter)
+    kept = [policy.transformer, policy.pipe.vae, *text, *(parameter.grad for parameter in policy.parameters)]
+    functions, _ = calls(policy, text)
+    counts = {name: count(function, kept) for name, function in functions.items()}
+    policy.transformer.enable_gradient_checkpointing()
+    counts["checkpointed"] = count(functions["train"], kept)
+    policy.transformer.disable_gradient_checkpointing()
+    return counts
+
+
+def count_model(model, args):
+    """A function (call, rows) -> (FLOPs, kernels, peak bytes), {part: bytes of its weights}, shape, passes.
+
+    All three are linear in the rows, so they are counted for one row and for two.
+    """
+    import transformers
+
+    dtype = common.DTYPES[args.dtype]
+    pipe = make_pipeline(model, "meta", dtype, encoders=True)
+    with torch.device("meta"):
+        policy = policy_of(args, pipe, "meta", gradient_checkpointing=False, compile=False)
+        text = [torch.empty(3, *shape, dtype=dtype) for shape in SIZES[model]["text"]]
+    counts = []
+    for policy.micro_batch in (1, 2):
+        counts.append(count_calls(policy, text))
+
+    clip = make_on("meta", torch.float16, transformers.CLIPModel, transformers.CLIPConfig(**PICKSCORE))
+    pixels = torch.empty(SCORED, 3, 224, 224, dtype=torch.float16, device="meta")
+    tokens = torch.ones(SCORED, 77, dtype=torch.long, device="meta")
+    encoders = torch.nn.ModuleList(policy.encoders)
+    with torch.no_grad():
+        fixed = {
+            "encode": count(lambda: policy.family.encode([""] * ENCODED), [encoders]),
+            "score": count(lambda: [clip.get_image_features(pixels), clip.get_text_features(tokens)], [clip, pixels]),
+        }
+
+    def cost(call, rows):
+        if call in fixed:
+            return fixed[call]
+        return tuple(one + (rows - 1) * (two - one) for one, two in zip(*(count[call] for count in counts)))
+
+    parts = {"transformer": policy.transformer, "vae": pipe.vae, "encoders": encoders, "reward": clip}
+    weights = {name: sum(w.nbytes for w in tensors(part)) for name, part in parts.items()}
+    weights["adapter"] = sum(w.nbytes for w in policy.parameters)
+    passes = 2 if policy.guidance > 1 and policy.family.two_pass_guidance else 1
+    return cost, weights, policy.shape, passes
+
+
+def plan(module, args, memory, tflops, counted):
+    """{what: number} of a script's run on a GPU with `memory` bytes that computes `tflops` FLOPs a second.
+
+    counted: what count_model returns.
+    """
+    cost, weights, shape, passes = counted
+    does = work(module, args)
+    M, train = min(args.micro_batch, does.trajectories), "checkpointed" if args.gradient_checkpointing else "train"
+
+    def seconds(call, sizes, rows=M):
+        """Of batches of these sizes, taken `rows` at a time: the last, smaller one takes as long."""
+        flops, kernels, _ = cost(call, rows)
+        return float(sum(math.ceil(size / rows) for size in sizes) * max(flops / tflops, KERNEL * kernels))
+
+    def scoring(count):
+        return seconds("score", [count], SCORED) + HOST * (args.resolution / 512) ** 2 * count
+
+    shown = 64 * args.eval_seeds  # pictures of an evaluation
+    evaluation = seconds("rollout", [shown] * args.eval_steps) + seconds("decode", [shown]) + scoring(shown)
+    time = {
+        "rollout": seconds("rollout", does.rollout),
+        "training": seconds(train, does.train),
+        "decoding": seconds("decode", [does.images]),
+        "scoring": scoring(does.images),
+        "encoding": seconds("encode", [args.prompts_per_iteration + 1], ENCODED) + 2 * weights["encoders"] / BUS,
+    }
+    hours = args.iterations * sum(time.values()) + (1 + math.ceil(args.iterations / args.eval_every)) * evaluation
+    flops = {"rollout": sum(does.rollout), train: sum(does.train), "decode": does.images}
+    flops = (
+        sum(rows * cost(call, M)[0] / M for call, rows in flops.items()) + does.images * cost("score", 1)[0] / SCORED
+    )
+
+    large = 8 * 3 * args.steps * does.trajectories * math.prod(shape) * 4 > memory  # as Policy has it
+    stays = weights["transformer"] + weights["vae"] + weights["adapter"] * (3 + (args.ema_decay > 0))  # gradient, AdamW
+    stays += (0 if args.reward_offload else weights["reward"]) + (0 if large else 4 * math.prod(shape) * does.latents)
+    pictures = 2 * min(HELD, does.images) * 3 * args.resolution**2 * 4  # two, while they are put together
+
+    def peaks(rows, train):
+        """Bytes in each phase, with so many latents a call."""
+        reference = cost("rollout", rows)[2] if args.kl_coef > 0 else 0
+        return {
+            "rollout": stays + cost("rollout", rows)[2],
+            "training": stays + cost(train, rows)[2] + reference,
+            "decoding": stays + cost("decode", rows)[2] + pictures,
+            "scoring": stays + cost("score", 1)[2] + pictures + args.reward_offload * weights["reward"],
+            "encoding": stays + cost("encode", 1)[2] + weights["encoders"],
+        }
+
+    def largest(train):
+        """The most latents a call, by the two phases that grow with them."""
+        one, two = (max(peaks(rows, train)[phase] for phase in ("training", "decoding")) for rows in (1, 2))
+        return max(0, int(((1 - FREE) * memory - one) / (two - one) + 1))
+
+    return {
+        "images": does.images,
+        "velocity evaluations": passes * does.evaluations,
+        "PFLOP": float(flops) / 1e15,
+        "minutes": sum(time.values()) / 60,
+        **{f"  {phase}": value / 60 for phase, value in time.items()},
+        "iterations": args.iterations,
+        "hours, with evaluations": hours / 3600,
+        **{f"GB in {phase}": value / 1e9 for phase, value in peaks(M, train).items()},
+        "largest --micro-batch": largest("train"),
+        "  --gradient-checkpointing": largest("checkpointed"),
+    }
+
+
+def bench_plan(args, options):
+    """Time and memory of an iteration and a run of each script, by count: needs no GPU. It takes their options too."""
+    memory, counted, columns = args.memory * 1e9, {}, []
+    for module in SCRIPTS:
+        own = script_args(module, args.model, options)
+        work(module, own)  # refuses what cannot be, before anything is counted
+        key = own.resolution, own.guidance > 1, own.lora_rank
+        counted[key] = counted.get(key) or count_model(args.model, own)
+        names = "resolution steps sde_steps guidance prompts_per_iteration micro_batch".split()
+        told = {"--" + name.replace("_", "-"): getattr(own, name) for name in names}
+        columns.append(told | plan(module, own, memory, args.tflops * 1e12, counted[key]))
+    print(f"{args.model} on {args.memory:g} GB at {args.tflops:g} TFLOP/s; counted, not measured")
+    print(f"{'':28s}" + "".join(f"{module.__name__ + '.py':>18s}" for module in SCRIPTS))
+    for name in columns[0]:
+        values = [f"{column[name]:.2f}" if isinstance(column[name], float) else column[name] for column in columns]
+        full = name.startswith("GB") and max(column[name] for column in columns) > (1 - FREE) * args.memory
+        print(f"{name:28s}" + "".join(f"{value:>18}" for value in values) + ("  too much" if full else ""))
+    print(
+        f"A call takes the longer of its FLOPs and of launching its kernels, {KERNEL * 1e6:g} microseconds each; a "
+        f"picture {HOST * 1e3:g} ms\nof the CPU for PickScore; text encoders move at {BUS / 1e9:g} GB/s. Weights, "
+        f"adapter, optimizer, PickScore, and latents under an\neighth of the memory, stay on the GPU; {FREE:.0%} of it "
+        "are left free."
+    )
+
+
+# ---------------------------------------------------------------- model: the same calls, measured
+
+
+def timed(device, function):
+    """Seconds of a call, and its peak memory in GB (nan on a CPU). A call before pays for compiling and allocating."""
+    cuda = torch.device(device).type == "cuda"
+    function()
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     function()
-    if cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, torch.cuda.max_memory_allocated() / 1e9 if cuda else float("nan")
+    settle(device)
+    return time.perf_counter() - start, torch.cuda.max_memory_allocated() / 1e9 if cuda else math.nan
 
 
-def matrix_rate(device, dtype):
-    """FLOP/s of the best of several products of two square matrices."""
-    size, rounds = (8192, 20) if torch.device(device).type == "cuda" else (1024, 3)
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / min(timed(device, lambda: a @ b)[0] for _ in range(rounds))
-
-
-def on_meta(args, policy, dtype):
-    """A function that predicts one velocity (one image, one pass) on the meta device, and its transformer."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("meta"):
-            transformer = make_transformer(args.model, args.tiny).to(dtype).requires_grad_(False)
-            x, text = torch.empty(1, *policy.shape), [torch.empty(1, *shape) for shape in SIZES[args.model]["text"]]
-    finally:
-        torch.set_default_dtype(default)
-    pipe = SimpleNamespace(transformer=transformer, vae_scale_factor=8, config=SimpleNamespace(is_distilled=False))
-    for name in "_pack_latents _unpack_latents _prepare_latent_image_ids _prepare_text_ids _prepare_latent_ids".split():
-        setattr(pipe, name, getattr(policy.pipe, name, None))
-
-    def predict():
-        with torch.device("meta"):
-            return type(policy.family)(pipe).predict(x, torch.empty(1), text, 1.0)
-
-    return predict, x, transformer
-
-
-def count_flops(args, policy):
-    """FLOPs of one velocity evaluation (one image, one pass) forward, and forward with backward.
-
-    Without the adapter. Backward has no gradients of the frozen weights, so it is about one forward, not two.
-    """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    predict, x, _ = on_meta(args, policy, torch.float32)
-    x.requires_grad_()
-    with FlopCounterMode(display=False) as counter:
-        velocity = predict()
-    forward = counter.get_total_flops()
-    with FlopCounterMode(display=False) as counter, torch.device("meta"):
-        velocity.sum().backward()
-    return forward, forward + counter.get_total_flops()
-
-
-class FusedAttention(torch.autograd.Function):
-    """Stands for a fused kernel on the meta device: it keeps query, key, value and result, and no matrix of weights."""
-
-    @staticmethod
-    def forward(ctx, query, key, value):
-        out = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, out)
-        return out
-
-
-def count_kept(args, policy, dtype, checkpointing):
-    """Bytes that one velocity evaluation (one image, one pass) keeps for its backward, with the adapter in float32."""
-    from diffusers.training_utils import cast_training_params
-    from peft import LoraConfig
-
-    predict, _, transformer = on_meta(args, policy, dtype)
+def bench_model(args, options):
+    """Time and memory of each call at the true size with random weights, beside the plan's. Options as of grpo.py."""
+    own = script_args(grpo, args.model, options)
+    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
+    pipe = make_pipeline(args.model, args.device, dtype, args.tiny)
+    for weight in pipe.transformer.parameters():  # some are zero at first, and would hide errors of rounding
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.02)
+    policy = policy_of(own, pipe, args.device)
+    text = [torch.randn(3, *shape).to(args.device, dtype) for shape in SIZES[args.model]["text"]]
+    functions, logps = calls(policy, text)
     with torch.device("meta"):
-        rank = grpo.DEFAULTS[args.model]["lora_rank"]
-        transformer.add_adapter(LoraConfig(r=rank, target_modules=type(policy.family).targets))
-    cast_training_params(transformer, torch.float32)
-    if checkpointing:
-        transformer.enable_gradient_checkpointing()
-    weights, kept = {p.untyped_storage()._cdata for p in transformer.parameters()}, {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage  # also keeps it alive, so that no other gets its address
-        return tensor
-
-    def attention(query, key, value, *args, **options):
-        return FusedAttention.apply(query, key, value)
-
-    with (
-        mock.patch("torch.nn.functional.scaled_dot_product_attention", attention),
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-    ):
-        predict()
-    return sum(storage.nbytes() for storage in kept.values())
-
-
-def phases(policy, text, batches, steps, autocast):
-    """Functions that do some of a rollout, of training and of decoding, and a dict that they write results to."""
-    M, results = policy.micro_batch, {}
-    N = M * batches
-    sigmas, owner = policy.sigmas(steps), torch.arange(N, device=policy.store) % 2
-    s, generator = common.noise_scale(sigmas, "flow", 0.7), torch.Generator().manual_seed(0)
-    noise = [policy.noise(N, generator) for _ in range(steps)]
-    optimizer = torch.optim.AdamW(policy.parameters, 0.0)
-
-    def rollout():
-        with autocast():
-            results["way"] = grpo.rollout(policy, text, owner, noise, sigmas, s)
-
-    def train():
-        (x, x_next, old_logp, _), errors = results["way"], []
-        levels = sigmas[:-2], sigmas[1:-1], s
-        step, image = torch.cartesian_prod(torch.arange(steps - 1), torch.arange(N)).T.to(policy.store)
-        for mb_step, mb_image in zip(step.split(M), image.split(M)):
-            with autocast():
-                logp, _, _ = grpo.transition_logp(policy, text, owner, levels, x, x_next, mb_step, mb_image)
-            log_ratio = logp - old_logp[mb_step, mb_image]
-            log_ratio.exp().mean().backward()
-            errors.append(log_ratio.detach().abs().max())
-        optimizer.step()
-        optimizer.zero_grad()
-        results["ratio_error"] = torch.stack(errors).max().item()
-
-    def decode():
-        policy.decode(results["way"][-1])
-
-    return {"rollout": rollout, "train": train, "decode": decode}, results, N
-
-
-def measure(args, policy, text, flops, rate, autocast=nullcontext):
-    """Print the phases of a policy; returns velocity evaluations a second of rollout and training, images of decode."""
-    functions, results, images = phases(policy, text, args.batches, 3, autocast)
-    speed = {}
-    for name, function in functions.items():
-        policy.velocity_evals = 0
+        meta = policy_of(own, make_pipeline(args.model, "meta", dtype, args.tiny), "meta", compile=False)
+        meta_text = [torch.empty_like(rows, device="meta") for rows in text]
+    counts = count_calls(meta, meta_text)
+    stays = sum(w.nbytes for w in [*tensors(pipe.transformer), *tensors(pipe.vae), *policy.parameters])  # and gradients
+    name = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
+    print(f"{args.model} at {own.resolution} px, {own.micro_batch} latents a call, {dtype}, {name}")
+    print(f"{'call':10s} {'seconds':>10s} {'TFLOP/s':>10s} {'GB':>8s} {'GB counted':>12s} {'kernels':>9s}")
+    for call, function in functions.items():
         seconds, peak = timed(args.device, function)
-        evals = policy.velocity_evals / 2  # the warm-up counts too
-        if name == "decode":
-            speed[name] = images / seconds
-            print(f"  {name:8s} {speed[name]:9.3f} images/s{'':29s} peak {peak:7.2f} GB")
-            continue
-        speed[name] = evals / seconds
-        # a backward counts as two evaluations, and its FLOPs are counted as they are
-        work = evals / 3 * flops[1] if name == "train" else evals * flops[0]
-        share = work / seconds / rate
-        print(f"  {name:8s} {speed[name]:9.3f} velocity evals/s  {share:6.1%} of matrix rate  peak {peak:7.2f} GB")
-    print(f"  largest |log ratio| before any update {results['ratio_error']:.1e}")
-    return speed
+        flops, kernels, extra = counts["checkpointed" if call == "train" and own.gradient_checkpointing else call]
+        counted = (stays + extra) / 1e9
+        print(f"{call:10s} {seconds:10.4f} {flops / seconds / 1e12:10.3f} {peak:8.2f} {counted:12.2f} {kernels:9d}")
+    error = (logps[-1] - logps[0]).abs().max().item()
+    print(f"largest |log ratio| before any update {error:.1e}")
 
 
-def script_evals(model):
-    """{script: (velocity evaluations of a rollout, of training, images)} of one iteration, by DEFAULTS.
-
-    GCPO is taken to train chunk_fraction of the transitions; updates after the first take one more forward for the
-    chunks' ratio.
-    """
-    passes = 1 if model == "flux" else 2  # guidance
-    d, chunk_fraction = grpo.DEFAULTS[model], gcpo.Args.chunk_fraction
-    N, T = d["prompts_per_iteration"] * d["group_size"], d["steps"]
-    counts = {"grpo.py": (N * T, 3 * N * (T - 1), N)}
-    d, updates = gcpo.DEFAULTS[model], gcpo.Args.updates_per_iteration
-    N, T = d["prompts_per_iteration"] * d["group_size"], d["steps"]
-    counts["gcpo.py"] = (N * T, chunk_fraction * N * (T - 1) * (3 + (updates - 1) / updates), N)
-    d = tempflow_grpo.DEFAULTS[model]
-    N, T, B = d["prompts_per_iteration"] * d["seeds_per_prompt"], d["steps"], d["branches"]
-    counts["tempflow_grpo.py"] = (N * (T - 1) + N * B * T * (T - 1) // 2, 3 * N * (T - 1), N * B * (T - 1))
-    return {script: (passes * r, passes * t, images) for script, (r, t, images) in counts.items()}
-
-
-def print_iterations(args, speed, repeated=1):
-    """Time of one iteration of each script by DEFAULTS, from the speeds measured; resolution and batch are args'."""
-    for script, (rollout, train, images) in script_evals(args.model).items():
-        if repeated > 1 and "tempflow" not in script:
-            continue
-        seconds = [rollout / speed["rollout"], repeated * train / speed["train"], images / speed["decode"]]
-        told = "  ".join(f"{n} {t:9.1f} s" for n, t in zip(("rollout", "train", "decode"), seconds))
-        print(f"  {script:17s} {sum(seconds):9.1f} s an iteration: {told}")
-
-
-def bench_branches(args, policy, text, branches=6):
-    """Training on the branches of a micro-batch of states: one velocity a state, or one a branch as in [TF]'s code."""
-    M = policy.micro_batch
-    sigmas, owner = policy.sigmas(3), torch.arange(M, device=policy.store) % 2
-    s, generator = common.noise_scale(sigmas, "flow", 0.7), torch.Generator().manual_seed(0)
-    x, x_next = policy.noise(M, generator)[None], policy.noise(M * branches, generator).unflatten(0, (1, M, branches))
-    x, x_next = x.expand(2, *x.shape[1:]), x_next.expand(2, *x_next.shape[1:])
-    image, step = torch.arange(M, device=policy.store), torch.zeros(M, dtype=torch.long, device=policy.store)
-
-    levels = sigmas[:-2], sigmas[1:-1], s
-
-    def shared():
-        tempflow_grpo.transition_logp(policy, text, owner, levels, x, x_next, step, image)[0].mean().backward()
-
-    def repeated():
-        for b in range(branches):
-            one = x_next[:, :, b]
-            grpo.transition_logp(policy, text, owner, levels, x, one, step, image)[0].mean().backward()
-
-    return {"states shared": timed(args.device, shared), "states repeated": timed(args.device, repeated)}
-
-
-def bench_chunk(args, policy, text):
-    """A chunk of CHUNK transitions of one image: one at a time, or in one graph as in GCPO's released code."""
-    sigmas, owner = policy.sigmas(CHUNK + 1), torch.zeros(1, dtype=torch.long, device=policy.store)
-    s, generator = common.noise_scale(sigmas, "flow", 0.7), torch.Generator().manual_seed(0)
-    x = torch.stack([policy.noise(1, generator) for _ in range(CHUNK + 1)])
-    step, M = torch.arange(CHUNK, device=policy.store), policy.micro_batch
-
-    def chunk(size):
-        policy.micro_batch = size
-        try:
-            for part in step.split(size):
-                levels, image = (sigmas[:-2], sigmas[1:-1], s), torch.zeros_like(part)
-                grpo.transition_logp(policy, text, owner, levels, x[:-1], x[1:], part, image)[0].mean().backward()
-        finally:
-            policy.micro_batch = M
-
-    return {f"{size} at a time": timed(args.device, lambda size=size: chunk(size)) for size in (1, CHUNK)}
-
-
-def bench_model(args):
-    """Velocity evaluations, share of the matrix rate and memory by phase; time of an iteration of each script."""
-    torch.manual_seed(0)
-    args.micro_batch = args.micro_batch or grpo.DEFAULTS[args.model]["micro_batch"]
-    dtype = common.DTYPES[args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")]
-    with torch.device("meta"):
-        billions = sum(p.numel() for p in make_transformer(args.model, args.tiny).parameters()) / 1e9
-    machine = (
-        torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
-    )
-    print(
-        f"{args.model} at {args.resolution} px, {billions:.3f} billion parameters, {machine}, torch {torch.__version__}"
-    )
-    rate = matrix_rate(args.device, dtype)
-    print(f"matrix product in {dtype}: {rate / 1e12:.2f} TFLOP/s")
-    policy = make_policy(args, dtype)
-    text, flops = make_text(args, policy), count_flops(args, policy)
-    print(f"one velocity evaluation: {flops[0] / 1e12:.4f} TFLOP forward, {flops[1] / 1e12:.4f} with backward")
-
-    passes = 2 if policy.guidance > 1 and policy.family.two_pass_guidance else 1
-    kept = [passes * args.micro_batch * count_kept(args, policy, dtype, on) / 1e9 for on in (False, True)]
-    weights = sum(p.numel() * p.element_size() for p in policy.transformer.parameters()) / 1e9
-    print(
-        f"by count: weights {weights:.2f} GB; a micro-batch keeps {kept[0]:.2f} GB for its backward, or "
-        f"{kept[1]:.2f} GB (and what one block needs) with --gradient-checkpointing"
-    )
-    own = {p.__name__: p.DEFAULTS[args.model]["resolution"] for p in (grpo, gcpo, tempflow_grpo)}
-    print(f"iterations are estimates from these speeds, at {args.resolution} px; the scripts' defaults are {own}")
-    print(f"weights in {dtype}, adapter in float32, {args.micro_batch} latents at a time")
-    speed = measure(args, policy, text, flops, rate)
-    print_iterations(args, speed)
-
-    print("branches of one state, 6 each")
-    for name, (seconds, peak) in bench_branches(args, policy, text).items():
-        print(f"  {name:16s} {seconds:9.3f} s  peak {peak:7.2f} GB")
-    print("with states repeated, as in TempFlow-GRPO's code")
-    print_iterations(args, speed, repeated=6)
-
-    print(f"a chunk of {CHUNK} transitions")
-    try:
-        for name, (seconds, peak) in bench_chunk(args, policy, text).items():
-            print(f"  {name:16s} {seconds:9.3f} s  peak {peak:7.2f} GB")
-    except torch.OutOfMemoryError:
-        print("  out of memory")
-
-    print("weights in float32 under autocast, as Flow-GRPO keeps them")
-    policy.transformer.to(torch.float32)
-    half = torch.bfloat16 if dtype == torch.float32 else dtype
-    policy.pipe.vae.to(dtype)
-    try:
-        autocast = lambda: torch.autocast(policy.device.type, half)  # noqa: E731
-        print_iterations(args, measure(args, policy, text, flops, rate, autocast))
-    except torch.OutOfMemoryError:
-        print("  out of memory")
+# ---------------------------------------------------------------- tempflow, curves
 
 
 def bench_tempflow(args):
     """TempFlow-GRPO's rollout and training on the tiny model, ours against the released code's way, in one process."""
-    settings = common.parse_args(
-        tempflow_grpo.Args, tempflow_grpo.DEFAULTS, ["--model", "tiny", "--device", args.device]
-    )
-    policy = common.Policy(settings)
+    options = ["--model", "tiny", "--device", args.device]
+    settings = common.parse_args(tempflow_grpo.Args, tempflow_grpo.DEFAULTS, options)
     P, S, B = settings.prompts_per_iteration, settings.seeds_per_prompt, settings.branches
-    N, sigmas = P * S, policy.sigmas(settings.steps)
-    s = common.noise_scale(sigmas, settings.sde, settings.noise_level)
-    levels, steps, owner = (sigmas[:-2], sigmas[1:-1], s), list(range(len(s))), torch.arange(N) // S
+    N, sde, steps = P * S, settings.sde, list(range(settings.steps - 1))
+    policy = common.make_policy(settings, N * B)
+    M, sigmas = policy.micro_batch, policy.sigmas(settings.steps)
+    s = common.noise_scale(sigmas, sde, settings.noise_level)
+    levels, owner = (sigmas[:-2], sigmas[1:-1], s), torch.arange(N, device=policy.store) // S
     text = policy.encode(common.read_prompts(settings.prompts)[:P])
     generator = torch.Generator().manual_seed(0)
-    noise = [policy.noise(N, generator), *(policy.noise(N * B, generator).unflatten(0, (N, B)) for _ in steps)]
-    advantage = torch.randn(len(s), N, B, generator=generator).to(policy.device)
-    rollout = [policy, text, owner, noise, sigmas, s]
+    noise = [policy.noise(P, S, generator), *(policy.noise(P, S * B, generator).unflatten(0, (N, B)) for _ in steps)]
+    advantage = torch.randn(len(s), N, B, generator=generator).to(policy.store)
 
     def lockstep():
-        return tempflow_grpo.rollout(*rollout, steps)
+        return tempflow_grpo.rollout(policy, text, owner, noise, sigmas, s, sde, steps)
 
     def nested():
         """Each branching step by itself: the trunk once, then its branches to the end."""
@@ -457,7 +560,7 @@ def bench_tempflow(args):
         for k in steps:
             with torch.no_grad():
                 velocity = policy.velocity_in_micro_batches(trunk, sigmas[k], text, owner)
-                mean, std = common.sde_mean_std(trunk, velocity, sigmas[k], sigmas[k + 1], s[k])
+                mean, std = common.sde_mean_std(trunk, velocity, sigmas[k], sigmas[k + 1], s[k], sde)
                 branches = (mean[:, None] + std * noise[1 + k]).flatten(0, 1)
                 common.ode_sample(policy, branches, text, repeated, sigmas[k + 1 :])
                 trunk = trunk - (sigmas[k] - sigmas[k + 1]) * velocity
@@ -466,18 +569,18 @@ def bench_tempflow(args):
 
     def shared():
         step, seed = torch.cartesian_prod(torch.arange(len(s)), torch.arange(N)).T
-        for mb in torch.arange(len(step)).split(settings.micro_batch):
-            inputs = (text, owner, levels, x, x_next, step[mb], seed[mb])
+        for mb in torch.arange(len(step)).split(M):
+            inputs = (text, owner, levels, sde, x, x_next, step[mb], seed[mb])
             logp, _, _ = tempflow_grpo.transition_logp(policy, *inputs)
             (logp * advantage[step[mb], seed[mb]]).sum().backward()
 
     def repeated():
         step, seed, branch = torch.cartesian_prod(torch.arange(len(s)), torch.arange(N), torch.arange(B)).T
-        for mb in torch.arange(len(step)).split(settings.micro_batch):
+        for mb in torch.arange(len(step)).split(M):
             k, n, b = step[mb], seed[mb], branch[mb]
-            velocity = policy.velocity(x[k, n], sigmas[k], text, owner[n])
-            mean, std = common.sde_mean_std(x[k, n], velocity, sigmas[k], sigmas[k + 1], s[k])
-            (common.log_prob(x_next[k, n, b], mean, std) * advantage[k, n, b]).sum().backward()
+            inputs = (text, owner[n], levels, sde, x[:, n], x_next[:, n, b], k, torch.arange(len(mb)))
+            logp, _, _ = grpo.transition_logp(policy, *inputs)
+            (logp * advantage[k, n, b]).sum().backward()
 
     print(f"tiny model, {P} prompts x {S} seeds x {B} branches, {settings.steps} steps, on {args.device}")
     gradients = []
@@ -534,16 +637,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
+    command = commands.add_parser("plan", help=bench_plan.__doc__)
+    command.set_defaults(function=bench_plan)
+    command.add_argument("--model", choices=list(SIZES), default="sd3")
+    command.add_argument("--memory", type=float, default=24, help="GB of the GPU")
+    command.add_argument("--tflops", type=float, default=65, help="what it computes in practice, not its data sheet's")
+
     command = commands.add_parser("model", help=bench_model.__doc__)
     command.set_defaults(function=bench_model)
     command.add_argument("--model", choices=list(SIZES), default="sd3")
-    command.add_argument("--resolution", type=int, default=512, help="pixels a side")
-    command.add_argument("--micro-batch", type=int, help="latents in one forward; default: as grpo.py")
-    command.add_argument("--batches", type=int, default=2, help="micro-batches a step, to measure")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    command.add_argument("--dtype", choices=list(common.DTYPES), help="default: bfloat16 on CUDA, float32 on a CPU")
-    command.add_argument("--gradient-checkpointing", action="store_true")
-    command.add_argument("--compile", action="store_true", help="torch.compile the transformer's blocks")
     command.add_argument("--tiny", action="store_true", help="one or two narrow layers, to try this out on a CPU")
 
     command = commands.add_parser("tempflow", help=bench_tempflow.__doc__)
@@ -558,8 +661,15 @@ def main():
     command.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
     command.add_argument("--plot", action="store_true", help="tables and figures from tests/curves; needs matplotlib")
 
-    args = parser.parse_args()
-    sys.exit(args.function(args))
+    args, options = parser.parse_known_args()
+    if args.function not in (bench_plan, bench_model):
+        parser.parse_args()  # refuses what is left
+        sys.exit(args.function(args))
+    try:
+        args.function(args, options)
+    except common.StopRun as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
