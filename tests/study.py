@@ -365,8 +365,9 @@ def report(folder=CURVES):
     before = ", ".join(f"{name} {reward:.3f}" for name, reward in FIRST.items())
     first = (
         f"The first study had a learning rate of {FIRST_RATE:g}, no moving average of the adapter and half of GCPO's "
-        f"chunks, and said at {FIRST_BUDGET:,} velocity evaluations: {before}. That GCPO was below GRPO by any cost "
-        f"was mostly the share left out; now the rate is {RATE}, the average on, and like is compared with like."
+        f"chunks, and said at {FIRST_BUDGET:,} velocity evaluations: {before}. Now the rate is "
+        f"{RATE}, the average is on, early steps are the default, and like is compared with like: what of GCPO's deficit "
+        "was the share of steps left out is asked by the second table."
     )
     runs, have, missing = load(folder), read_runs(folder), {}
     for name, seed in jobs_of(SEEDS):
