@@ -1,10 +1,9 @@
-"""What the scripts share: the sampler, the model families, the policy, the run, the command line, in this order.
+"""What the scripts share, in this order: sampler, model families, policy, several processes, run, command line.
 
-Who reads the algorithms can stop after the policy. The scripts import this file, and it imports none of them; the
-sampler's functions can be copied anywhere. Notation as in the papers: sigma in [0, 1] is the noise level (1 noise, 0
-image), x_sigma = (1 - sigma) image + sigma noise, velocity = noise - image, s a noise scale, Delta = sigma -
-sigma_next. [FG] is Flow-GRPO (arXiv 2505.05470), [DG] DanceGRPO (2505.07818), [CPS] Flow-CPS (2509.05952), [GC] GCPO
-(2510.21583), [TF] TempFlow-GRPO (2508.04324).
+Who reads the algorithms needs the sampler and the policy. The scripts import this file, and it imports none of them.
+Notation as in the papers: sigma in [0, 1] is the noise level (1 noise, 0 image), x_sigma = (1 - sigma) image + sigma
+noise, velocity = noise - image, s a noise scale, Delta = sigma - sigma_next. [FG] is Flow-GRPO (arXiv 2505.05470), [DG]
+DanceGRPO (2505.07818), [CPS] Flow-CPS (2509.05952), [GC] GCPO (2510.21583), [TF] TempFlow-GRPO (2508.04324).
 """
 
 import atexit
@@ -795,7 +794,7 @@ class Log:
             import wandb
 
             self.wandb = wandb.init(project=args.wandb, name=self.folder.name, config=config)
-        print("iteration    reward  held out   clipped  gradient", flush=True)
+        print("iteration    reward evaluated   clipped  gradient", flush=True)
 
     def write(self, metrics):
         """One more iteration. What is not finite is null: JSON has no word for it."""
@@ -926,7 +925,7 @@ class Run:
             **stats.metrics(self.args.clip_range),
             **more,
         }
-        if iteration == 1 and not metrics["ratio_first_error"] < 1e-4:  # also tells of nan
+        if iteration == 1 and not metrics["ratio_first_error"] < 0.1 * self.args.clip_range:  # also tells of nan
             wrong = f"the ratio is off 1 by {metrics['ratio_first_error']:.1e} before any update"
             causes = "--compile, --dtype float16, dropout, an attention kernel that is not deterministic"
             warn(f"{wrong}: rollout and training disagree, every ratio is wrong by as much; likely causes: {causes}")
@@ -1156,7 +1155,8 @@ def print_plan(args, count, sigmas, s, chosen, weight=None, branches=1):
     """The batch arithmetic in a line, and a table of the steps. chosen: those that may be random; weight: (T - 1,)."""
     P, U, count = args.prompts_per_iteration, args.updates_per_iteration, count * PROCESSES
     each, part, weight = count // P, count // U, torch.ones_like(s) if weight is None else weight
-    print(f"{args.iterations} iterations of {P} prompts x {each} = {count} trajectories x {branches} branches;")
+    branching = f" with {branches} branches a step" if branches > 1 else ""
+    print(f"{args.iterations} iterations of {P} prompts x {each} = {count} trajectories{branching};")
     print(f"{U} updates of {part} trajectories; {args.micro_batch} latents at a time", flush=True)
     print("step   sigma   Delta       s     std  weight")
     for n, delta in enumerate(-sigmas.diff()):

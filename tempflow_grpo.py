@@ -23,7 +23,7 @@ class Args:
     """The command line. What is None depends on the model: DEFAULTS, below."""
 
     prompts: str | None = option(None, "text file, one prompt a line; default: the tiny model's", group="run")
-    model: str | None = option(None, "diffusers repository or folder; default: SD3.5-Medium, or tiny without a GPU")
+    model: str | None = option(None, "repository or folder; default: SD3.5 Medium with --prompts on CUDA, else tiny")
     reward: str | None = option(None, "name or weighted sum; default: shapes for tiny, else pickscore")
     output: str | None = option(None, "run folder; default: runs/SCRIPT-MODEL-SEED-TIME")
     resume: str | None = option(None, "run folder to go on with, with its settings and random state")
@@ -33,14 +33,14 @@ class Args:
     # TempFlow: seeds x branches in place of the group size
     seeds_per_prompt: int | None = option(None, "S, initial noises a prompt", low=1)
     branches: int | None = option(None, "B, branches at each random step of a seed", low=2)
-    group: str = option("seed", "whose branches a branch is compared with", choices=("seed", "prompt"))
-    weighting: str = option("noise", "the loss of a step times s sqrt(Delta), or 1", choices=("noise", "none"))
-    updates_per_iteration: int = option(2, "U, optimizer steps a rollout, each on its share of the images", low=1)
+    group: str = option("seed", "compared at a step: branches of a seed, or a prompt", choices=("seed", "prompt"))
+    weighting: str = option("noise", "of the steps' losses, by their noise or none", choices=("noise", "none"))
+    updates_per_iteration: int = option(2, "U, optimizer steps a rollout, each on its share of the seeds", low=1)
     micro_batch: int | None = option(None, "M, latents in one forward: time for memory, nothing else", low=1)
     steps: int | None = option(None, "T, sampling steps", low=2, high=1000, group="rollout")
     sde_steps: str | None = option(None, "to branch at: all, early (the first half), a list 0,1,2, or how many to draw")
     sde: str = option("flow", "the random step: Flow-GRPO's, DanceGRPO's, Flow-CPS's", choices=("flow", "dance", "cps"))
-    noise_level: float | None = option(None, "a or eta; 0.3 for dance, 0.8 for cps, for flow", low=1e-6, high=10)
+    noise_level: float | None = option(None, "a or eta of --sde; dance 0.3, cps 0.8, flow by model", low=1e-6, high=10)
     guidance: float | None = option(None, "classifier-free guidance, off at 1", high=100)
     resolution: int | None = option(None, "pixels a side", low=8, high=8192)
     learning_rate: float | None = option(None, "of AdamW", low=1e-12, high=10, group="update")
@@ -60,7 +60,7 @@ class Args:
     eval_every: int | None = option(None, "iterations between evaluations", low=1)
     eval_steps: int | None = option(None, "ODE steps of an evaluation", low=1, high=1000)
     eval_seeds: int | None = option(None, "images a prompt in an evaluation", low=1, high=10000)
-    eval_reward: str | None = option(None, "held-out rewards to log beside the trained one")
+    eval_reward: str | None = option(None, "other rewards, for eval/<name> at evaluations; not trained")
     reward_offload: bool = option(False, "move reward models to the CPU while they are not used")
     save_every: int = option(10, "iterations between checkpoints", low=1)
     wandb: str | None = option(None, "project to log to as well; needs the package wandb")
@@ -180,7 +180,7 @@ def main(args):
     prompts = common.read_prompts(args.prompts)
 
     policy = common.make_policy(args, trajectories=N * B)
-    # eps stays 1e-8, as in published code: it is of the size of SD3's gradients, and halves the steps (README.md)
+    # eps stays 1e-8, as in published code: it is of the size of SD3's gradients, and halves the updates (README.md)
     optimizer = torch.optim.AdamW(policy.parameters, args.learning_rate, weight_decay=0.0)
     sigmas = policy.sigmas(args.steps)
     s = noise_scale(sigmas, args.sde, args.noise_level)  # (T - 1,)
@@ -224,12 +224,12 @@ def main(args):
                         transitions = (text, owner, levels, args.sde, x, x_next, mb_step, mb_image)
                         logp, mean, std = transition_logp(policy, *transitions)
                         # In the first update the ratio is 1, exactly: no weight has changed since the rollout, and
-                        # policy.velocity gives every batch one shape. Its gradient is not 0 but A * grad log p. Another
-                        # ratio here means that rollout and training disagree, and that later ratios are wrong as well.
+                        # policy.velocity gives every batch one shape. The loss's gradient is not 0 but -A * grad log p.
+                        # Another ratio here means that rollout and training disagree: later ratios are wrong as well.
                         log_ratio = logp - old_logp[mb_step, mb_image]
                         if update == 0:
                             stats.add(first_log_ratio=log_ratio, first_step=mb_step)
-                        mb_advantage = advantage[mb_step, mb_image]
+                        mb_advantage = advantage[mb_step, mb_image]  # TempFlow: of the step, (M, B)
                         ratio = log_ratio.exp()
                         clipped = ratio.clamp(1 - args.clip_range, 1 + args.clip_range)
                         loss = torch.maximum(-mb_advantage * ratio, -mb_advantage * clipped)
