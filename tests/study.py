@@ -366,8 +366,8 @@ def report(folder=CURVES):
     first = (
         f"The first study had a learning rate of {FIRST_RATE:g}, no moving average of the adapter and half of GCPO's "
         f"chunks, and said at {FIRST_BUDGET:,} velocity evaluations: {before}. Now the rate is "
-        f"{RATE} or less, the average is on, early steps are the default, and like is compared with like: the second table "
-        "asks what of GCPO's deficit was the share of steps left out."
+        f"{RATE} or less, the average is on, early steps are the default, and like is compared with like: the second "
+        "table asks what of GCPO's deficit was the share of steps left out."
     )
     runs, have, missing = load(folder), read_runs(folder), {}
     for name, seed in jobs_of(SEEDS):
