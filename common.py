@@ -141,7 +141,7 @@ def ode_sample(policy, x, text, owner, sigmas, tuned_share=1.0):
     that first share of the steps only. It is on when this returns.
     """
     for step in range(len(sigmas) - 1):
-        if step == math.ceil(tuned_share * (len(sigmas) - 1)):
+        if step == math.ceil(tuned_share * (len(sigmas) - 1) - 1e-9):
             policy.transformer.disable_adapters()
         velocity = policy.velocity_in_micro_batches(x, sigmas[step], text, owner)
         x = x - (sigmas[step] - sigmas[step + 1]) * velocity
@@ -546,8 +546,9 @@ class Policy:
         """Inside, the weights are their moving average, if there is one: for evaluation and for what is saved."""
         if self.ema:
             self.ema.store(self.parameters)
-            self.ema.copy_to(self.parameters)
         try:
+            if self.ema:
+                self.ema.copy_to(self.parameters)
             yield
         finally:
             if self.ema:
@@ -692,13 +693,13 @@ class Evaluation:
             for mb_noise, mb_owner in progress(list(zip(noise, owner)), "evaluation"):
                 latents.append(ode_sample(policy, mb_noise, text, mb_owner, sigmas, hybrid))
         policy.velocity_evals = evals  # evaluation is not part of the cost
-        images, prompts = policy.decode(torch.cat(latents)).cpu(), share(self.prompts)
+        images, prompts = torch.cat([policy.decode(x).cpu() for x in latents]), share(self.prompts)
         scores, parts = self.reward(images, prompts)
-        if iteration == 0:
-            print(*self.reward.self_check(images, prompts, parts), sep="\n")
         if self.eval_reward:
             parts = parts | self.eval_reward(images, prompts)[1]
         images, scores, parts = gather(images), gather(scores), {name: gather(part) for name, part in parts.items()}
+        if iteration == 0:
+            print(*self.reward.self_check(images, self.prompts, parts), sep="\n")
         shown = list(range(0, count, args.eval_seeds))[:16]  # the first prompts, whatever came out
         captions = [f"{scores[n]:.2f}  {self.prompts[n]}" for n in shown]
         save_pictures(images[shown], captions, Path(args.output, "samples"), iteration)
@@ -812,7 +813,7 @@ class Log:
             names = {"reward_mean": "rollout (SDE)", "eval_reward": "evaluation (ODE)"}
             curves = {names[key]: [(m["iteration"], m[key]) for m in self.lines if key in m] for key in names}
             plot({"reward": curves}, "iteration", self.folder / "samples" / "progress.png")
-            by_step = {name: {"": list(enumerate(row))} for name, row in metrics.items() if isinstance(row, list)}
+            by_step = {name: {"": list(enumerate(row))} for name, row in metrics.items() if name.endswith("_by_step")}
             if by_step:
                 plot(by_step, "random step", self.folder / "samples" / "steps.png")
 
@@ -884,8 +885,9 @@ class Run:
                 raise StopRun(f"loss or gradient were not finite in 5 updates in a row; {hint}", exit_status=1)
             if iteration % self.args.save_every == 0:
                 self.save()
-        if self.signal:
-            raise StopRun("stopped, after the last iteration", exit_status=128 + self.signal)
+        if stop := max(everywhere(self.signal)):
+            raise StopRun("stopped, after the last iteration", exit_status=128 + stop)
+        self.save()
         print_ending(self.args, self.log_file.lines)
 
     def progress(self, items, label, **options):
@@ -897,11 +899,13 @@ class Run:
         """Measure a phase: its time, for the metrics as <name>_s, and on CUDA its peak memory."""
         cuda, start = self.policy.device.type == "cuda", time.perf_counter()
         if cuda:
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats(self.policy.device)
         yield
         if cuda:
-            torch.cuda.synchronize()
-            self.measured[f"peak_memory_gb/{name}"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
+            torch.cuda.synchronize(self.policy.device)
+            self.measured[f"peak_memory_gb/{name}"] = round(
+                torch.cuda.max_memory_allocated(self.policy.device) / 1e9, 3
+            )
         self.measured[f"{name}_s"] = round(time.perf_counter() - start, 3)
 
     def can_step(self, grad_norm):
@@ -980,13 +984,14 @@ def print_ending(args, lines):
     _, source, class_name = find_family(args.model)
     config = getattr(diffusers, class_name).load_config(source)
     absent = [f", {name}=None" for name, value in config.items() if isinstance(value, list) and value[0] is None]
-    load = f'diffusers.{class_name}.from_pretrained("{source}"{"".join(absent)})'
+    dtype = f"dtype=torch.{args.dtype}"
+    load = f'diffusers.{class_name}.from_pretrained("{source}", {dtype}{"".join(absent)})'
     looks = [line["eval_reward"] for line in lines if line.get("eval_reward") is not None]
     minutes = sum(value for line in lines for name, value in line.items() if name.endswith("_s") and value) / 60
     evals = lines[-1].get("velocity_evals", 0)
     print(f"evaluation {looks[0]:.3f} -> {looks[-1]:.3f} in {minutes:.1f} minutes and {evals:,} velocity evaluations")
     print(f"pictures before and after: {args.output}/samples/compare.png; adapter: {args.output}/lora")
-    print(f'pipe = {load}; pipe.load_lora_weights("{args.output}/lora")')
+    print(f'import diffusers, torch; pipe = {load}; pipe.load_lora_weights("{args.output}/lora")')
 
 
 # ---------------------------------------------------------------- the command line
@@ -1011,7 +1016,7 @@ def read_command_line(args_class, defaults, argv):
         group = parser.add_argument_group(told["group"]) if told["group"] else group
         by_model = ", ".join(f"{values[name]} for {model}" for model, values in defaults.items() if name in values)
         default = by_model or field.default
-        text = told["help"] + (f" (default: {default})" if default not in (None, False) else "")
+        text = told["help"] + (f" (default: {default})" if default is not None and default is not False else "")
         how = {"type": kind, "choices": told["choices"], "metavar": None if told["choices"] else kind.__name__.upper()}
         how = {"action": "store_true"} if kind is bool else how
         group.add_argument(f"--{name.replace('_', '-')}", help=text, **how)
@@ -1050,6 +1055,8 @@ def parse_args(args_class, defaults, argv=None):
         args.eval_prompts = args.eval_prompts or str(TINY / "eval_prompts.txt")
     prompts_hashes(args)  # which reads them
     args.noise_level = args.noise_level or {"dance": 0.3, "cps": 0.8}.get(args.sde)  # [DG], [CPS]; flow: by model
+    if args.sde == "cps" and args.noise_level > 1:
+        raise StopRun(f"--noise-level {args.noise_level} is over 1, where the noise of --sde cps falls; give 0.8, say")
     for name, value in defaults[args.family].items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") and args.family != "tiny" else "float32")
@@ -1174,7 +1181,7 @@ def run_script(main, args_class, defaults):
     except Exception as error:
         message, status = str(error), getattr(error, "exit_status", 1)  # rewards' errors have one too
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in message:
-            message = "out of memory; lower --micro-batch or set --gradient-checkpointing, then go on with --resume"
+            message = "out of memory; lower --micro-batch or set --gradient-checkpointing"
         elif isinstance(error, OSError | SafetensorError):  # the latter is safetensors' word for a full disk
             message = f"{message}; the last checkpoint stands, see --resume"
         elif not hasattr(error, "exit_status"):

@@ -34,7 +34,9 @@ class Args:
     updates_per_iteration: int = option(2, "U, optimizer steps a rollout, each on its share of the images", low=1)
     micro_batch: int | None = option(None, "M, latents in one forward: time for memory, nothing else", low=1)
     steps: int | None = option(None, "T, sampling steps", low=2, high=1000, group="rollout")
-    sde_steps: str | None = option(None, "random ones: all, early (the first half), a list 0,1,2, or how many to draw")
+    sde_steps: str | None = option(
+        None, "random ones, which follow one another: all, early (the first half), or a list 0,1,2"
+    )
     sde: str = option("flow", "the random step: Flow-GRPO's, DanceGRPO's, Flow-CPS's", choices=("flow", "dance", "cps"))
     noise_level: float | None = option(None, "a or eta of --sde; dance 0.3, cps 0.8, flow by model", low=1e-6, high=10)
     guidance: float | None = option(None, "classifier-free guidance, off at 1", high=100)

@@ -188,21 +188,21 @@ def test_a_folder_without_write_permission_as_the_system_tells_it(monkeypatch, t
 
 def test_a_full_disk(whole, monkeypatch, tmp_path, capsys):
     """The limit on a file's size stands for it: the third save does not fit. Then there is room again."""
-    run, saves, original = tmp_path / "run", [], common.write_atomically
+    run, saves, original = tmp_path / "run", [], common.save_checkpoint
 
-    def write(path, data):
-        saves.append(path.name)
+    def save(*args):
+        saves.append(args)
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        if saves.count("checkpoint.pt") == 3:
+        if len(saves) == 3:
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
         try:
-            original(path, data)
+            original(*args)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(common, "write_atomically", write)
+        patch.setattr(common, "save_checkpoint", save)
         patch.setattr(common.Run, "__exit__", lambda self, *error: self.lock.close())  # as if that failed too
         assert run_main("grpo", *options(run, 4, "--save-every", 1)) == 1
     assert "File too large" in one_error(capsys)
@@ -393,9 +393,10 @@ def test_a_long_run_needs_no_more_memory_or_files(tmp_path):
     assert statistics.median(files[-third:]) <= statistics.median(files[:third])  # a save has some open, for a moment
 
 
-def test_metrics_are_strict_json(tmp_path):
+def test_metrics_are_strict_json(tmp_path, monkeypatch):
     """What is logged is JSON in the strict sense, whatever the numbers."""
-    log = common.Log(SimpleNamespace(output=tmp_path, wandb=None), {}, [])
+    monkeypatch.setattr(common, "run_config", lambda args: {})
+    log = common.Log(SimpleNamespace(output=tmp_path, wandb=None), [])
     log.write({"iteration": 0, "a": math.nan, "b": [1.0, math.inf], "c": {"d": -math.inf}})
     assert (
         tmp_path / "metrics.jsonl"
