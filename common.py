@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import json
 import math
 import os
@@ -756,11 +757,11 @@ def aside(folder):
 
 def save_checkpoint(folder, policy, optimizer, counters, lines):
     """checkpoint.pt and lora/, so that a crash never leaves half a file."""
-    ema = policy.ema.state_dict() if policy.ema else None
+    ema, buffer = policy.ema.state_dict() if policy.ema else None, io.BytesIO()
     state = {"lora": policy.lora(), "optimizer": optimizer.state_dict(), "ema": ema}
     with aside(folder) as place:
-        with open(place / "checkpoint.pt", "wb") as file:
-            torch.save(state | {"counters": counters, "lines": lines}, file)
+        torch.save(state | {"counters": counters, "lines": lines}, buffer)
+        (place / "checkpoint.pt").write_bytes(buffer.getbuffer())  # which tells of a full disk as the system does
         with policy.averaged():
             policy.save_lora(place / "lora")
 
