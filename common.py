@@ -1193,3 +1193,6 @@ def run_script(main, args_class, defaults):
             time.sleep(10)  # the first may find the same and tells it; torchrun then ends this one
         print(("error: " if status < 128 else "") + " ".join(message.split()), file=sys.stderr)
         sys.exit(status)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
