@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 SMALL = "--seed 3 --prompts-per-iteration 4 --eval-seeds 1 --lora-rank 4 --micro-batch 4 --steps 4 --eval-steps 3"
 OF_SCRIPT = {  # with what must be known of all processes: the std of all rewards, steps drawn, groups of a prompt
     "grpo": "--group-size 4 --adv-std batch --kl-coef 0.1",
-    "gcpo": "--group-size 4 --sde-steps all --chunks adaptive --chunk-fraction 0.5 --weighted-sampling --ema-decay 0.5 --shared-noise",
+    "gcpo": "--group-size 4 --sde-steps all --chunks adaptive --chunk-fraction 0.5 --weighted-sampling"
+    " --ema-decay 0.5 --shared-noise",
     "tempflow_grpo": "--seeds-per-prompt 2 --branches 3 --group prompt --sde-steps 2",
 }
 MINUTE = 60
