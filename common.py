@@ -25,6 +25,7 @@ import textwrap
 import time
 from argparse import SUPPRESS, ArgumentParser
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -46,6 +47,7 @@ if not sys.stderr.isatty():
 import torch  # noqa: E402
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache  # noqa: E402
 from safetensors import SafetensorError  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 from torch.nn.functional import adaptive_avg_pool2d, pad, pixel_shuffle, pixel_unshuffle  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -562,16 +564,12 @@ class Policy:
         return {name: value.detach().cpu() for name, value in get_peft_model_state_dict(self.transformer).items()}
 
     def save_lora(self, folder):
-        """The adapter as diffusers saves it: `pipe.load_lora_weights(folder)` reads it."""
+        """The adapter as diffusers saves it: `pipe.load_lora_weights(folder)` reads it. Equal runs, equal files."""
         config = self.transformer.peft_config["default"].to_dict()
-        config |= {name: sorted(value) for name, value in config.items() if isinstance(value, set)}  # equal files
-        self.pipe.save_lora_weights(folder, self.lora(), transformer_lora_adapter_metadata=config)
-        file = Path(folder, "pytorch_lora_weights.safetensors")
-        data = file.read_bytes()  # its header's length, the header, the numbers; safetensors shuffles the header
-        end = 8 + int.from_bytes(data[:8], "little")
-        header = json.dumps(json.loads(data[8:end]), sort_keys=True).encode()
-        header += b" " * (-len(header) % 8)
-        file.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
+        config = {f"transformer.{k}": sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+        # the entry that diffusers reads; it would write two of them, and safetensors those in another order each time
+        metadata = {"lora_adapter_metadata": json.dumps(config, sort_keys=True)}
+        self.pipe.save_lora_weights(folder, self.lora(), save_function=partial(save_file, metadata=metadata))
 
 
 def make_policy(args, trajectories):

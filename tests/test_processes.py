@@ -245,7 +245,7 @@ def test_reward_that_fails_in_one_process(tmp_path):
 @pytest.mark.parametrize(
     "arguments, told",
     [
-        (["--prompts-per-iteration", "6"], "do not divide into 2 updates of 2 processes by whole prompts"),
+        (["--prompts-per-iteration", "6"], "72 trajectories in 2 updates on 2 processes do not divide"),
         (["--device", "cuda"], f"cannot be used by 2 processes on a machine with {torch.cuda.device_count()} GPUs"),
     ],
 )
