@@ -81,9 +81,9 @@ SD3 = dict(
 )  # fmt: skip
 DEFAULTS = {
     "tiny": dict(
-        iterations=140, prompts_per_iteration=8, group_size=12, micro_batch=48,
+        iterations=180, prompts_per_iteration=8, group_size=12, micro_batch=48,
         steps=10, sde_steps="early", guidance=1.0, resolution=32, noise_level=0.7,
-        learning_rate=1e-3, clip_range=1e-3, ema_decay=0.9, lora_rank=16, lora_alpha=32.0,
+        learning_rate=7e-4, clip_range=1e-3, ema_decay=0.97, lora_rank=16, lora_alpha=32.0,
         chunks="2,3", chunk_fraction=1.0, eval_every=10, eval_steps=10, eval_seeds=4,
     ),
     "sd3": SD3,
