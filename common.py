@@ -794,7 +794,7 @@ class Log:
             import wandb
 
             self.wandb = wandb.init(project=args.wandb, name=self.folder.name, config=config)
-        print("iteration    reward evaluated   clipped  gradient", flush=True)
+        self.header = "iteration    reward evaluated   clipped  gradient\n"  # goes before the first row
 
     def write(self, metrics):
         """One more iteration. What is not finite is null: JSON has no word for it."""
@@ -807,7 +807,8 @@ class Log:
         clipped = metrics["clip_low"] + metrics["clip_high"] if metrics["iteration"] else None
         row = metrics.get("reward_mean"), metrics.get("eval_reward"), clipped, metrics.get("grad_norm")
         cells = ["" if value is None else f"{value:.4g}" for value in row]
-        tqdm.write(f"{metrics['iteration']:9d}" + "".join(f"{cell:>10}" for cell in cells))
+        tqdm.write(f"{self.header}{metrics['iteration']:9d}" + "".join(f"{cell:>10}" for cell in cells))
+        self.header = ""
         if "eval_reward" in metrics:
             names = {"reward_mean": "rollout (SDE)", "eval_reward": "evaluation (ODE)"}
             curves = {names[key]: [(m["iteration"], m[key]) for m in self.lines if key in m] for key in names}

@@ -29,32 +29,30 @@ class Args:
     resume: str | None = option(None, "run folder to go on with, with its settings and random state")
     seed: int = option(0, "everything random follows from it", high=2**31 - 1)
     iterations: int | None = option(None, "rollout-and-update rounds", low=1)
-    prompts_per_iteration: int | None = option(None, "P", low=1, group="batch")
+    prompts_per_iteration: int | None = option(None, "P, prompts a rollout", low=1, group="batch")
     group_size: int | None = option(None, "G, images a prompt", low=2)
     updates_per_iteration: int = option(2, "U, optimizer steps a rollout, each on its share of the images", low=1)
-    micro_batch: int | None = option(None, "M, latents in one forward: time for memory, nothing else", low=1)
+    micro_batch: int | None = option(None, "M, latents in one forward; fewer take less memory and more time", low=1)
     steps: int | None = option(None, "T, sampling steps", low=2, high=1000, group="rollout")
-    sde_steps: str | None = option(
-        None, "random ones, which follow one another: all, early (the first half), or a list 0,1,2"
-    )
+    sde_steps: str | None = option(None, "random steps: all, early (first half), or a list without gaps 0,1,2")
     sde: str = option("flow", "the random step: Flow-GRPO's, DanceGRPO's, Flow-CPS's", choices=("flow", "dance", "cps"))
     noise_level: float | None = option(None, "a or eta of --sde; dance 0.3, cps 0.8, flow by model", low=1e-6, high=10)
     guidance: float | None = option(None, "classifier-free guidance, off at 1", high=100)
     resolution: int | None = option(None, "pixels a side", low=8, high=8192)
-    shared_noise: bool = option(False, "one initial noise for a whole group, as DanceGRPO has it")
+    shared_noise: bool = option(False, "one initial noise for a whole group, as in DanceGRPO")
     learning_rate: float | None = option(None, "of AdamW", low=1e-12, high=10, group="update")
     clip_range: float | None = option(None, "c, the ratio is clipped to 1 +- c", low=1e-12, high=1)
-    adv_clip: float = option(5.0, "largest advantage", low=1e-6)
-    adv_std: str = option("group", "advantage divided by the std of the group, or of all", choices=("group", "batch"))
+    adv_clip: float = option(5.0, "advantages are clipped to +- this", low=1e-6)
+    adv_std: str = option("group", "divide the advantage by the std of: group, batch", choices=("group", "batch"))
     kl_coef: float = option(0.0, "beta, weight of the KL to the base model; 0 saves its forward passes")
     max_grad_norm: float = option(1.0, "the gradient's norm is clipped to this", low=1e-12)
-    ema_decay: float | None = option(None, "moving average of the adapter, off at 0", high=0.999999)
+    ema_decay: float | None = option(None, "decay of the adapter's moving average, off at 0", high=0.999999)
     # GCPO: what is a chunk, and which of them are trained
     chunks: str | None = option(None, "adaptive, or sizes that add up to the random steps: 2,3", group="chunks")
-    chunk_max: int = option(4, "adaptive chunks are cut until no longer; [GC] gives no number", low=1, high=1000)
+    chunk_max: int = option(4, "size of the longest adaptive chunk; [GC] gives no number", low=1, high=1000)
     chunk_fraction: float | None = option(None, "share of a trajectory's chunks that is trained", low=1e-6, high=1)
     weighted_sampling: bool = option(False, "draw chunks by their mean L1rel, not uniformly")
-    eval_hybrid: float = option(1.0, "evaluate with the adapter in this first share of steps", low=1e-6, high=1)
+    eval_hybrid: float = option(1.0, "share of evaluation steps with the adapter, from the first", low=1e-6, high=1)
     lora_rank: int | None = option(None, "of the adapter", low=1, high=4096, group="model")
     lora_alpha: float | None = option(None, "of the adapter, which is scaled by alpha / rank", low=1e-6)
     dtype: str | None = option(None, "of frozen weights; default: bfloat16 on CUDA, else float32", choices=[*DTYPES])
@@ -113,7 +111,7 @@ def rollout(policy, text, owner, noise, sigmas, s, sde, chosen, progress=lambda 
             x_next.append(mean + std * noise[step + 1])
             logp.append(log_prob(x_next[-1], mean, std))
             latents = x_next[-1]
-        else:  # the ODE's: no noise, no log-prob, never trained; the last step always is one, or noise would be left
+        else:  # the ODE's: no noise, no log-prob, never trained; the last step always is one, so that no noise remains
             latents = latents - (sigmas[step] - sigmas[step + 1]) * velocity
     return torch.stack(x), torch.stack(x_next), torch.stack(logp), latents
 
@@ -151,8 +149,9 @@ def adaptive_chunks(l1rel, longest, order=1):
 
     l1rel: (n,) tensor. A step has the sign of the order-th difference that ends at it; a zero (up to rounding) keeps
     the sign before, the first steps take the first sign there is. A sign that never changes splits at the midpoint,
-    rounded down. Chunks of more than `longest` are cut again, by the next order. ([GC] tells no edges and no `longest`;
-    its code has fixed sizes only.) Example: 9 8 6 7 9, longest 3: differences -1 -2 1 2, signs - - - + +, sizes [3, 2].
+    rounded down. Chunks of more than `longest` are cut again, by the next order. ([GC] does not say what holds at the
+    edges, and has no `longest`; its code has fixed sizes only.)
+    Example: 9 8 6 7 9, longest 3: differences -1 -2 1 2, signs - - - + +, sizes [3, 2].
     """
     if len(l1rel) <= longest:
         return [len(l1rel)]
@@ -168,8 +167,9 @@ def adaptive_chunks(l1rel, longest, order=1):
 def draw_chunks(l1rel, sizes, fraction, weighted, dice):
     """Draw chunks of a trajectory without replacement, uniformly or by their mean L1rel [GC] eq. 17.
 
-    l1rel: (K,); sizes: of its chunks; dice: (K,) exponential numbers, one a chunk: the largest weight / number are
-    drawn, as torch.multinomial does it. Returns (K, K): 1 / size where two steps share a drawn chunk, else 0.
+    l1rel: (K,); sizes: of its chunks; dice: (K,) exponential numbers, one a chunk. Drawn are the chunks with the
+    largest weight / number, as torch.multinomial does it.
+    Returns (K, K): 1 / size where two steps share a drawn chunk, else 0.
     """
     weight = torch.stack([piece.mean() if weighted else torch.ones(()) for piece in l1rel.split(sizes)])
     drawn = (weight / dice[: len(sizes)]).topk(max(1, int(fraction * len(sizes) + 0.5))).indices.tolist()

@@ -29,27 +29,27 @@ class Args:
     resume: str | None = option(None, "run folder to go on with, with its settings and random state")
     seed: int = option(0, "everything random follows from it", high=2**31 - 1)
     iterations: int | None = option(None, "rollout-and-update rounds", low=1)
-    prompts_per_iteration: int | None = option(None, "P", low=1, group="batch")
+    prompts_per_iteration: int | None = option(None, "P, prompts a rollout", low=1, group="batch")
     # TempFlow: seeds x branches in place of the group size
     seeds_per_prompt: int | None = option(None, "S, initial noises a prompt", low=1)
     branches: int | None = option(None, "B, branches at each random step of a seed", low=2)
-    group: str = option("seed", "compared at a step: branches of a seed, or a prompt", choices=("seed", "prompt"))
-    weighting: str = option("noise", "of the steps' losses, by their noise or none", choices=("noise", "none"))
+    group: str = option("seed", "compare at a step the branches of: a seed, or a prompt", choices=("seed", "prompt"))
+    weighting: str = option("noise", "weigh the losses of steps by their noise, or not", choices=("noise", "none"))
     updates_per_iteration: int = option(2, "U, optimizer steps a rollout, each on its share of the seeds", low=1)
-    micro_batch: int | None = option(None, "M, latents in one forward: time for memory, nothing else", low=1)
+    micro_batch: int | None = option(None, "M, latents in one forward; fewer take less memory and more time", low=1)
     steps: int | None = option(None, "T, sampling steps", low=2, high=1000, group="rollout")
-    sde_steps: str | None = option(None, "to branch at: all, early (the first half), a list 0,1,2, or how many to draw")
+    sde_steps: str | None = option(None, "branch at: all, early (first half), a list 0,1,2, or how many to draw")
     sde: str = option("flow", "the random step: Flow-GRPO's, DanceGRPO's, Flow-CPS's", choices=("flow", "dance", "cps"))
     noise_level: float | None = option(None, "a or eta of --sde; dance 0.3, cps 0.8, flow by model", low=1e-6, high=10)
     guidance: float | None = option(None, "classifier-free guidance, off at 1", high=100)
     resolution: int | None = option(None, "pixels a side", low=8, high=8192)
     learning_rate: float | None = option(None, "of AdamW", low=1e-12, high=10, group="update")
     clip_range: float | None = option(None, "c, the ratio is clipped to 1 +- c", low=1e-12, high=1)
-    adv_clip: float = option(5.0, "largest advantage", low=1e-6)
-    adv_std: str = option("group", "advantage divided by the std of the group, or of all", choices=("group", "batch"))
+    adv_clip: float = option(5.0, "advantages are clipped to +- this", low=1e-6)
+    adv_std: str = option("group", "divide the advantage by the std of: group, batch", choices=("group", "batch"))
     kl_coef: float = option(0.0, "beta, weight of the KL to the base model; 0 saves its forward passes")
     max_grad_norm: float = option(1.0, "the gradient's norm is clipped to this", low=1e-12)
-    ema_decay: float | None = option(None, "moving average of the adapter, off at 0", high=0.999999)
+    ema_decay: float | None = option(None, "decay of the adapter's moving average, off at 0", high=0.999999)
     lora_rank: int | None = option(None, "of the adapter", low=1, high=4096, group="model")
     lora_alpha: float | None = option(None, "of the adapter, which is scaled by alpha / rank", low=1e-6)
     dtype: str | None = option(None, "of frozen weights; default: bfloat16 on CUDA, else float32", choices=[*DTYPES])
@@ -121,7 +121,7 @@ def rollout(policy, text, owner, noise, sigmas, s, sde, chosen, progress=lambda 
 
 
 def gradient_scale(sigma, sigma_next, s, sde):
-    """Size of d logp / d velocity at each of K steps, (K,), but for a factor that all steps share.
+    """Size of d logp / d velocity at each of K steps, (K,), up to a factor that all steps share.
 
     It is |d mean / d velocity| / std; with "flow" and "dance" sqrt(Delta) / s (1 + s^2 (1 - sigma) / (2 sigma)).
     """
@@ -132,10 +132,10 @@ def gradient_scale(sigma, sigma_next, s, sde):
 def step_weights(sigma, sigma_next, s, sde, weighting="noise"):
     """Weights of the losses of K steps, (K,), with mean 1 [TF]; sigma, sigma_next, s: (K,).
 
-    Without weights the steps of low noise dominate (gradient_scale). Delta over that scale, for "dance" s sqrt(Delta) /
-    (1 + s^2 (1 - sigma) / (2 sigma)), makes a step's pull its length Delta. For "flow" the bracket is 1 + a^2 / 2 at
-    each step (but at sigma = 1), and [TF] leaves it out: s sqrt(Delta). Its code has 1 / mean as a number, right for
-    one schedule only.
+    Without weights the steps of low noise dominate (gradient_scale). The weight is Delta over that scale, so a step
+    pulls by its length Delta. For "dance" that is s sqrt(Delta) / (1 + s^2 (1 - sigma) / (2 sigma)). For "flow" the
+    bracket is 1 + a^2 / 2 at each step but the first, and [TF] leaves it out: s sqrt(Delta). Its code has 1 / mean as
+    a number, which is right for one schedule only.
     """
     delta = sigma - sigma_next
     weight = s * delta.sqrt() if sde == "flow" else delta / gradient_scale(sigma, sigma_next, s, sde)
