@@ -78,7 +78,7 @@ DEFAULTS = {
     "tiny": dict(
         iterations=220, prompts_per_iteration=4, seeds_per_prompt=2, branches=6, micro_batch=48,
         steps=10, sde_steps="all", guidance=1.0, resolution=32, noise_level=0.7,
-        learning_rate=1e-3, clip_range=3e-4, ema_decay=0.9, lora_rank=16, lora_alpha=32.0,
+        learning_rate=1e-3, clip_range=3e-4, ema_decay=0.97, lora_rank=16, lora_alpha=32.0,
         eval_every=10, eval_steps=10, eval_seeds=4,
     ),
     "sd3": SD3,
