@@ -53,6 +53,8 @@ def test_a_study_is_stopped_and_continued(tmp_path, monkeypatch):
     assert study.read_runs(curves)["grpo-0"]["resumed"] == 1
     stopped, whole = (metrics(tmp_path / name / "work" / "grpo-0", times=False) for name in ("stopped", "whole"))
     assert stopped == whole and len(whole) == 11
+    timed = sum(value for line in metrics(work / "grpo-0") for key, value in line.items() if key.endswith("_s"))
+    assert study.read_runs(curves)["grpo-0"]["seconds"] == round(timed)
     shutil.copytree(work / "grpo-0", work / "grpo-1")
     study.keep("grpo", 1, work, curves)
     for seed in (0, 1):
@@ -187,7 +189,9 @@ def test_tables_from_files(tmp_path):
     made_up(tmp_path, "tempflow_grpo", {0: 0.781, 1: 0.80, 2: 0.819})
     made_up(tmp_path, "tempflow-unweighted", {0: 0.80, 1: 0.80, 2: 0.80})
     made_up(tmp_path, "tempflow-early", {2: 0.85})
-    (tmp_path / "quiet.json").write_text(json.dumps({"gcpo": {"seconds": 300, "evals": 2 * study.BUDGET}}))
+    runs = study.read_runs(tmp_path)
+    runs["gcpo-0"]["seconds"] = 300  # to the end, which is 1.25 times the budget
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
     found = study.tables(tmp_path)
     assert list(found) == list(study.TABLES)
     assert row_of(found["noise"], "grpo")["held-out reward"] == "0.710 ± 0.041"  # 3.182 0.02582 / 2
@@ -196,12 +200,12 @@ def test_tables_from_files(tmp_path):
     # of the seeds that both have: -0.02, -0.06, -0.10, so -0.06 with a std of 0.04
     assert gcpo_row["difference, same seeds"] == "-0.060 ± 0.099" and gcpo_row["seeds"] == "3"
     assert gcpo_row["verdict"] == "cannot be told" and gcpo_row["images scored"] == f"{study.BUDGET / 20:,.0f}"
-    assert gcpo_row["seconds, alone"] == "150"
+    assert gcpo_row["seconds on one core"] == "240"
     # 10,000 images are 200,000 evaluations: 0.5 + (0.64 - 0.5) 200 / 288, with an interval 200 / 288 as wide
     assert gcpo_row["reward at 10,000 images"] == "0.597 ± 0.035"
     tempflow = row_of(found["main"], "tempflow_grpo", "grpo")
     assert tempflow["difference, same seeds"] == "+0.100 ± 0.002" and tempflow["verdict"] == "holds"
-    assert tempflow["seconds, alone"] == "missing"
+    assert tempflow["seconds on one core"] == "missing"
     unweighted = row_of(found["TempFlow-GRPO"], "tempflow-unweighted", "tempflow_grpo")
     assert unweighted["difference, same seeds"] == "+0.000 ± 0.047" and unweighted["verdict"] == "cannot be told"
     early = row_of(found["TempFlow-GRPO"], "tempflow-early", "tempflow_grpo")  # one seed has no interval
@@ -220,7 +224,7 @@ def test_the_page_tells_what_is_missing(tmp_path):
     assert "from 4 runs" in page and all(table in page for table in found.values())
     missing = page.split("## Missing")[1].split("##")[0]
     assert "- `grpo`: seeds 1, 2, 4\n" in missing and "- `gcpo`: seeds 0, 1, 2, 3, 4\n" in missing
-    assert "tuning-cps-0.65" not in missing and "quiet.json" in missing
+    assert "tuning-cps-0.65" not in missing
     assert all(f"`{study.command(name, 'S')}`" in page for name in study.RUNS)
     assert max(map(len, page.split("| run")[0].splitlines())) <= 120 and "GCPO 0.589" in " ".join(page.split())
 

@@ -23,7 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
-from common import picture_grid  # noqa: E402
+from common import save_pictures  # noqa: E402
 from shapes import COLOURS, NUMBERS, RELATIONS, SHAPES, parse_scene, shape_inside, shapes  # noqa: E402
 
 NOISE = 0.4  # share of captions with one wrong attribute
@@ -257,7 +257,7 @@ def encode(pipe, prompts):
 
 
 @torch.no_grad()
-def judge(pipe, guidance, picture=None):
+def judge(pipe, guidance, folder=None):
     """Mean reward of the pipeline's own pictures, 10 steps, over all prompts of the two files, by kind of prompt."""
     pipe.set_progress_bar_config(disable=True)
     train, held_out = split_prompts()
@@ -266,8 +266,9 @@ def judge(pipe, guidance, picture=None):
     options = dict(num_inference_steps=10, guidance_scale=guidance, max_sequence_length=0, generator=generator)
     images = pipe(prompts, output_type="pt", **options).images
     scores = shapes(images, prompts)
-    if picture:
-        picture_grid(images[:64], [f"{score:.2f} {prompt}" for score, prompt in zip(scores, prompts)], picture)
+    if folder:
+        captions = [f"{score:.2f} {prompt}" for score, prompt in zip(scores, prompts)]
+        save_pictures(images[:64].cpu(), captions, folder, round(guidance))
     kinds = ["count" if " a " not in p else "and" if " and " in p else "position" for p in prompts]
     means = {kind: scores[torch.tensor([k == kind for k in kinds])].mean().item() for kind in sorted(set(kinds))}
     text = "  ".join(f"{kind} {mean:.3f}" for kind, mean in means.items())
@@ -291,7 +292,7 @@ def main():
         train_vae(pipe.vae, random.Random(0), args.vae_steps)
     train_flow(pipe, random.Random(0), args.steps, args.noise)
     for guidance in (1.0, 2.0, 4.0):
-        judge(pipe, guidance, args.output / f"guidance{guidance:.0f}.png")
+        judge(pipe, guidance, args.output)
     for module in (pipe.transformer, pipe.vae):  # to keep the files small; they are loaded in float32
         module.half()
     pipe.save_pretrained(args.output)
