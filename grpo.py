@@ -75,9 +75,9 @@ SD3 = dict(
 )  # fmt: skip
 DEFAULTS = {
     "tiny": dict(
-        iterations=150, prompts_per_iteration=8, group_size=12, micro_batch=48,
+        iterations=160, prompts_per_iteration=8, group_size=12, micro_batch=48,
         steps=10, sde_steps="early", guidance=1.0, resolution=32, noise_level=0.7,
-        learning_rate=7e-4, clip_range=1e-3, ema_decay=0.9, lora_rank=16, lora_alpha=32.0,
+        learning_rate=7e-4, clip_range=1e-3, ema_decay=0.97, lora_rank=16, lora_alpha=32.0,
         eval_every=10, eval_steps=10, eval_seeds=4,
     ),
     "sd3": SD3,

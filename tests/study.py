@@ -33,7 +33,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 CURVES = ROOT / "tests" / "curves"
 SCRIPTS = ("grpo", "gcpo", "tempflow_grpo")
-BUDGET, IMAGES = 288_000, 10_000  # where runs are compared: velocity evaluations, and images scored
+BUDGET, IMAGES = 360_000, 10_000  # where runs are compared: velocity evaluations, and images scored
 SEEDS, TUNING_SEEDS = 5, (10, 11)
 RATES = {  # half, the script's own, and double
     "grpo": ("0.00035", "0.0007", "0.0014"),
@@ -399,15 +399,16 @@ def report(folder=CURVES):
     print(f"wrote {folder}/README.md; missing: {len(missing) or 'nothing'}")
 
 
-def draw(axes, runs, names, bands=False):
-    """Mean curves of the runs that are there, with 95% intervals: bands, or bars at the end, where bands would hide."""
+def draw(axes, runs, names, seeds=False):
+    """Mean curves of the runs that are there, and thin lines for their seeds, or 95% intervals at the end."""
     cost, lines = np.linspace(0, BUDGET, 97), []
     for name in filter(runs.get, names):
         middle, half = mean_interval([at(run, cost) for run in runs[name].values()])
         lines += axes.plot(cost / 1000, middle, label=f"{name}, {len(runs[name])} seeds")
         colour = lines[-1].get_color()
-        if bands:
-            axes.fill_between(cost / 1000, middle - half, middle + half, color=colour, alpha=0.2)
+        if seeds:
+            for run in runs[name].values():
+                axes.plot(cost / 1000, at(run, cost), color=colour, alpha=0.4, linewidth=0.8)
         else:
             axes.errorbar(BUDGET / 1000 + 5 * len(lines), middle[-1], half[-1], color=colour, fmt="o", capsize=2)
     axes.set(xlabel="velocity evaluations in training, thousands", ylabel="reward of held-out prompts")
@@ -421,7 +422,7 @@ def plot(folder=CURVES):
 
     runs = load(folder)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    draw(figure.subplots(), runs, SCRIPTS, bands=True)
+    draw(figure.subplots(), runs, SCRIPTS, seeds=True)
     figure.savefig(folder / "curves.png", dpi=120)
     figure = Figure(figsize=(13, 10), layout="constrained")
     titles = [title for title in TABLES if title not in ("main", "tuning")]

@@ -201,8 +201,8 @@ def test_tables_from_files(tmp_path):
     assert gcpo_row["difference, same seeds"] == "-0.060 ± 0.099" and gcpo_row["seeds"] == "3"
     assert gcpo_row["verdict"] == "cannot be told" and gcpo_row["images scored"] == f"{study.BUDGET / 20:,.0f}"
     assert gcpo_row["seconds on one core"] == "240"
-    # 10,000 images are 200,000 evaluations: 0.5 + (0.64 - 0.5) 200 / 288, with an interval 200 / 288 as wide
-    assert gcpo_row["reward at 10,000 images"] == "0.597 ± 0.035"
+    # 10,000 images are 200,000 evaluations: 0.5 + (0.64 - 0.5) 200 / 360, with an interval 200 / 360 as wide
+    assert gcpo_row["reward at 10,000 images"] == "0.578 ± 0.028"
     tempflow = row_of(found["main"], "tempflow_grpo", "grpo")
     assert tempflow["difference, same seeds"] == "+0.100 ± 0.002" and tempflow["verdict"] == "holds"
     assert tempflow["seconds on one core"] == "missing"
