@@ -161,8 +161,8 @@ def test_links_and_pictures_of_the_readme_are_there():
     assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= anchors
 
 
-def test_the_readme_is_short():
-    assert len(README.splitlines()) <= 350
+def test_the_readme_is_short_and_complete():
+    assert len(README.splitlines()) <= 350 and "@?@" not in README
 
 
 def test_worked_example_of_a_step():

@@ -190,7 +190,8 @@ def test_help_lists_the_options_in_groups_with_their_defaults(script):
     for group in ("run", "batch", "rollout", "update", "model", "evaluation"):
         assert f"\n{group}:\n" in text
     text = " ".join(text.split())
-    assert "U, optimizer steps a rollout, each on its share of the images (default: 2)" in text
+    kind = "seeds" if script == "tempflow_grpo" else "images"
+    assert f"U, optimizer steps a rollout, each on its share of the {kind} (default: 2)" in text
     default = ", ".join(f"{values['learning_rate']} for {model}" for model, values in module.DEFAULTS.items())
     assert f"of AdamW (default: {default})" in text
 
