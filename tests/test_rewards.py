@@ -160,7 +160,9 @@ def test_what_is_wrong_with_a_name_is_told(spec, told):
     assert error.value.exit_status == 2
 
 
-@pytest.mark.parametrize("spec", ["clipscore:/no/such/folder", "geneval?clip=./none", "hpsv2:a/b/c", "aesthetic:../none"])
+@pytest.mark.parametrize(
+    "spec", ["clipscore:/no/such/folder", "geneval?clip=./none", "hpsv2:a/b/c", "aesthetic:../none"]
+)
 def test_a_folder_that_is_not_there(spec, monkeypatch):
     monkeypatch.setattr(rewards.importlib.util, "find_spec", lambda module: True)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda source, file: "file")
