@@ -265,7 +265,7 @@ def test_a_run_that_ended_early_is_not_extrapolated():
 
 
 def test_figures_are_drawn(tmp_path):
-    """With runs there are coloured lines, without none; a band is where the seeds differ."""
+    """With runs there are coloured lines, without none; seeds that differ have lines of their own."""
 
     def colours(name):
         saturation = Image.open(tmp_path / name).convert("HSV").getchannel(1)
@@ -279,7 +279,7 @@ def test_figures_are_drawn(tmp_path):
     assert line > 500 and colours("ablations.png") > 200  # grpo's is a line of the table of noise as well
     made_up(tmp_path, "grpo", {0: 0.7, 1: 0.8, 2: 0.75})
     study.plot(tmp_path)
-    assert colours("curves.png") > 2 * line
+    assert colours("curves.png") > 1.5 * line
 
 
 # ---------------------------------------------------------------- the committed runs, as many as there are
