@@ -9,6 +9,7 @@ DanceGRPO (2505.07818), [CPS] Flow-CPS (2509.05952), [GC] GCPO (2510.21583), [TF
 import atexit
 import dataclasses
 import fcntl
+import gc
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -734,6 +735,8 @@ def plot(charts, x_label, path):
         if len(lines) > 1:
             axes.legend()
     figure.savefig(path)
+    del figure, axes
+    gc.collect()  # a figure is a circle of references, which would stay for long
 
 
 @contextmanager
