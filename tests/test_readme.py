@@ -106,6 +106,7 @@ def test_commands_for_eight_gpus_divide(command, tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "bench.py" in c and "curves" not in c])
 def test_commands_with_the_benchmarks(command):
     quick = {"model": ["--tiny", "--resolution", "64", "--device", "cpu"], "tempflow": ["--repeats", "1"], "plan": []}
+    quick["processes"] = ["--repeats", "2"]
     options = shlex.split(command)[2:]
     line = [sys.executable, "tests/bench.py", *options, *quick[options[0]]]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=600)
