@@ -69,6 +69,7 @@ TABLES = {
     ],
     "like for like": [
         Row("grpo-all", "grpo --sde-steps all", 3552),
+        Row("grpo", other="grpo-all"),
         Row("grpo-5", "grpo --sde-steps 5", 2400, "grpo-all"),
         Row("gcpo-fixed-all", f"{FIXED} 1", 3984, "grpo-all", "better: one ratio a chunk [GC]"),
         Row("gcpo-fixed-half", f"{FIXED} 0.5", 2976, "gcpo-fixed-all"),
@@ -81,12 +82,13 @@ TABLES = {
             "worse: one chunk of all steps [GC]"),
     ],
     "TempFlow-GRPO": [
-        Row("tempflow_grpo"),
+        Row("tempflow_grpo", other="grpo-all", claim="better: all steps in both [TF]"),
         Row("tempflow-unweighted", "tempflow_grpo --weighting none", 2448, "tempflow_grpo", "worse: no weights [TF]"),
         Row("tempflow-prompt-group", "tempflow_grpo --group prompt", 2448, "tempflow_grpo",
             "worse: groups of a prompt [TF]"),
         Row("tempflow-early", "tempflow_grpo --sde-steps early", 1840, "tempflow_grpo",
             "better, if early steps decide most [TF]"),
+        Row("tempflow-early", other="grpo", claim="better: early steps in both [TF]"),
     ],
     "17 steps": [
         Row("grpo-17", "grpo --steps 17 --sde-steps all", 6240),
@@ -110,8 +112,9 @@ RUNS = {row.name: row for rows in TABLES.values() for row in rows if row.line}
 QUESTIONS = {
     "main": "The three scripts with their defaults.",
     "like for like": "What is the effect of the chunk, and what that of the share of steps that is trained? All nine "
-    "steps are random; in `grpo-5` five, drawn in each iteration. Half of the chunks are six steps, or a little less.",
-    "TempFlow-GRPO": "What its parts add, and branches at the first five of the nine steps only.",
+    "steps are random, but in `grpo` the first five, and in `grpo-5` five drawn in each iteration. Half of the chunks "
+    "are six steps, or a little less.",
+    "TempFlow-GRPO": "Against GRPO on the same steps; what its parts add; branches at the first five of nine steps.",
     "17 steps": "The steps and chunks of [GC] on this model, half of the chunks trained.",
     "tuning": "Against the value that the study has; where the difference is positive, another is better. Seeds 10 and "
     "11, which are not the study's; two seeds make wide intervals.",

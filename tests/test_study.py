@@ -213,7 +213,8 @@ def test_tables_from_files(tmp_path):
     assert early["verdict"] == "cannot be told" and early["seeds"] == "1"
     prompt = row_of(found["TempFlow-GRPO"], "tempflow-prompt-group", "tempflow_grpo")
     assert prompt["held-out reward"] == prompt["difference, same seeds"] == prompt["verdict"] == "missing"
-    assert row_of(found["TempFlow-GRPO"], "tempflow_grpo")["difference, same seeds"] == ""
+    assert row_of(found["TempFlow-GRPO"], "tempflow_grpo", "grpo-all")["difference, same seeds"] == "missing"
+    assert row_of(found["main"], "grpo")["difference, same seeds"] == ""
 
 
 def test_the_page_tells_what_is_missing(tmp_path):
