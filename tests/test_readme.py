@@ -123,6 +123,9 @@ def test_every_command_is_one_of_those():
 def test_table_of_results_is_that_of_the_committed_metrics():
     for line in study.tables()["main"].splitlines():
         assert line in README, f"{line}\nrun python tests/bench.py curves --plot"
+    page = (ROOT / "tests/curves/README.md").read_text("utf-8")
+    told = re.findall(r"[+-]?0\.\d{3} ± 0\.\d{3}", README)
+    assert len(told) > 8 and all(interval in page for interval in told), [i for i in told if i not in page]
 
 
 def test_counted_lines():
