@@ -5,7 +5,7 @@ python tests/bench.py plan --model sd3 --sde-steps 3 --guidance 1    # the same,
 python tests/bench.py model --model sd3             # the same calls measured with random weights, on CUDA
 python tests/bench.py model --model flux --tiny     # the same lines from a toy, on a CPU
 python tests/bench.py tempflow                      # the savings of tempflow_grpo.py, on the tiny model
-python tests/bench.py processes                     # several processes against one, on a CPU
+python tests/bench.py processes                     # two processes against one, on a CPU
 python tests/bench.py curves                        # the study of the README; --plot makes its figures
 """
 
@@ -611,15 +611,15 @@ def bench_tempflow(args):
 
 
 def bench_processes(args):
-    """Images a second of N processes over those of one: grpo.py, the tiny model, a CPU, a thread each, in turns."""
+    """Images a second of two processes over those of one: grpo.py, tiny model, CPU, a thread each, in turns."""
     options = "--device cpu --iterations 4 --eval-every 100 --eval-seeds 1 --eval-steps 1 --micro-batch 24".split()
-    speeds = {1: [], args.processes: []}
+    speeds = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as folder:
         for repeat, processes in itertools.product(range(args.repeats), speeds):
             output = Path(folder, f"{processes}-{repeat}")
-            launch = f"-m torch.distributed.run --standalone --nproc-per-node {processes}".split()
+            launch = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
             subprocess.run(
-                [sys.executable, *(launch if processes > 1 else []), "grpo.py", *options, "--output", str(output)],
+                [sys.executable, *(launch if processes == 2 else []), "grpo.py", *options, "--output", str(output)],
                 cwd=ROOT,
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
                 check=True,
@@ -629,7 +629,7 @@ def bench_processes(args):
             seconds = [line["rollout_s"] + line["reward_s"] + line["train_s"] for line in lines]
             speeds[processes].append(lines[0]["images"] / statistics.median(seconds))
             print(f"{processes} processes: {speeds[processes][-1]:.1f} images a second", flush=True)
-    ratios = [several / one for one, several in zip(*speeds.values())]
+    ratios = [two / one for one, two in zip(*speeds.values())]
     print(f"{statistics.median(ratios):.2f} times as many ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
@@ -677,7 +677,6 @@ def main():
 
     command = commands.add_parser("processes", help=bench_processes.__doc__)
     command.set_defaults(function=bench_processes)
-    command.add_argument("--processes", type=int, default=2)
     command.add_argument("--repeats", type=int, default=5)
 
     command = commands.add_parser("curves", help=bench_curves.__doc__)
