@@ -3,7 +3,8 @@
 python tests/bench.py plan --model sd3 --memory 24 --tflops 65   # time and memory of the scripts, by count
 python tests/bench.py plan --model sd3 --sde-steps 3 --guidance 1    # the same, with options of theirs
 python tests/bench.py model --model sd3             # the same calls measured with random weights, on CUDA
-python tests/bench.py model --model flux --tiny     # the same lines from a toy, on a CPU
+python tests/bench.py iteration --model sd3         # an iteration of each script with random weights, on CUDA
+python tests/bench.py model --model flux --tiny     # the same lines from a toy, on a CPU; iteration has it too
 python tests/bench.py tempflow                      # the savings of tempflow_grpo.py, on the tiny model
 python tests/bench.py processes                     # two processes against one, on a CPU
 python tests/bench.py curves                        # the study of the README; --plot makes its figures
@@ -11,6 +12,7 @@ python tests/bench.py curves                        # the study of the README; -
 
 import argparse
 import dataclasses
+import gc
 import itertools
 import json
 import math
@@ -134,9 +136,12 @@ def make_vae(name, tiny=False):
     return vae_class(**options, **SIZES[name]["vae"])
 
 
-def make_encoder(class_name, config):
+def make_encoder(class_name, config, tiny=False):
     import transformers
 
+    if tiny:  # narrow inside; FLUX.2 reads Qwen3's states up to the 27th layer
+        config = config | dict(vocab_size=1000, intermediate_size=64, d_ff=64, num_hidden_layers=1)
+        config |= dict(num_hidden_layers=27) if class_name.startswith("Qwen3") else {}
     model_class = getattr(transformers, class_name)
     return model_class(model_class.config_class(**config)).eval()
 
@@ -172,13 +177,21 @@ def make_pipeline(name, device, dtype, tiny=False, encoders=False):
     )
     if encoders:
         for part, size in SIZES[name]["encoders"].items():
-            networks[part] = make_on(device, dtype, make_encoder, *size)
+            networks[part] = make_on(device, dtype, make_encoder, *size, tiny)
         pipe.tokenizer_max_length = 77 if name != "flux2" else pipe.tokenizer_max_length
         for tokenizer in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)):
             if type(tokenizer).__name__.startswith("CLIP"):
                 tokenizer.model_max_length = 77
     pipe.register_modules(**networks)
     pipe.vae_scale_factor, pipe.patch_size = 8, networks["transformer"].config.patch_size
+    return pipe
+
+
+def fill(pipe):
+    """The pipeline, all weights of its transformer drawn: some are zero at first, and would hide what rounding does."""
+    for weight in pipe.transformer.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.02)
     return pipe
 
 
@@ -363,7 +376,7 @@ def count_calls(policy, text):
     return counts
 
 
-def count_model(model, args):
+def count_model(model, args, tiny=False):
     """A function (call, rows) -> (FLOPs, kernels, peak bytes), {part: bytes of its weights}, shape, passes.
 
     All three are linear in the rows, so they are counted for one row and for two.
@@ -371,7 +384,7 @@ def count_model(model, args):
     import transformers
 
     dtype = common.DTYPES[args.dtype]
-    pipe = make_pipeline(model, "meta", dtype, encoders=True)
+    pipe = make_pipeline(model, "meta", dtype, tiny, encoders=True)
     with torch.device("meta"):
         policy = policy_of(args, pipe, "meta", gradient_checkpointing=False, compile=False)
         text = [torch.empty(3, *shape, dtype=dtype) for shape in SIZES[model]["text"]]
@@ -514,10 +527,7 @@ def bench_model(args, options):
     own = script_args(grpo, args.model, options)
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     pipe = make_pipeline(args.model, args.device, dtype, args.tiny)
-    for weight in pipe.transformer.parameters():  # some are zero at first, and would hide errors of rounding
-        if weight.dim() > 1:
-            torch.nn.init.normal_(weight, std=0.02)
-    policy = policy_of(own, pipe, args.device)
+    policy = policy_of(own, fill(pipe), args.device)
     text = [torch.randn(3, *shape).to(args.device, dtype) for shape in SIZES[args.model]["text"]]
     functions, logps = calls(policy, text)
     with torch.device("meta"):
@@ -535,6 +545,75 @@ def bench_model(args, options):
         print(f"{call:10s} {seconds:10.4f} {flops / seconds / 1e12:10.3f} {peak:8.2f} {counted:12.2f} {kernels:9d}")
     error = (logps[-1] - logps[0]).abs().max().item()
     print(f"largest |log ratio| before any update {error:.1e}")
+
+
+def random_pickscore(device, tiny):
+    """PickScore's CLIP with random weights, as rewards.py has a model that it has loaded."""
+    import rewards
+    import small_pipelines
+
+    import transformers
+
+    config = transformers.CLIPConfig(**({} if tiny else PICKSCORE))
+    dtype = torch.float16 if device.startswith("cuda") else torch.float32
+    clip = make_on(device, dtype, transformers.CLIPModel, config).eval().requires_grad_(False)
+    loaded = clip, small_pipelines.clip_tokenizer(), transformers.CLIPImageProcessorPil(), 100.0
+    rewards.LOADED["load_clip", device, rewards.PICKSCORE] = loaded
+    return mock.patch.object(rewards.Reward, "check")  # which would look for it on the hub
+
+
+def bench_iteration(args, options):
+    """An iteration of each script at the true size with random weights, measured and planned. Options as of theirs."""
+    dtype, cuda, columns, counted = torch.bfloat16, args.device.startswith("cuda"), [], {}
+    memory = torch.cuda.get_device_properties(args.device).total_memory if cuda else 24e9
+    for module in (module for module in SCRIPTS if module.__name__ in args.scripts):
+        with tempfile.TemporaryDirectory() as folder, random_pickscore(args.device, args.tiny):
+            prompts = Path(folder, "prompts.txt")
+            prompts.write_text("".join(f"picture {number}\n" for number in range(48)), "utf-8")
+            Path(folder, "one.txt").write_text("a picture\n", "utf-8")
+            line = f"--device {args.device} --prompts {prompts} --eval-prompts {folder}/one.txt --output {folder}/run"
+            line += " --iterations 1 --eval-seeds 1 --eval-steps 1"
+            own = script_args(module, args.model, [*line.split(), *options])
+            pipe = fill(make_pipeline(args.model, args.device, dtype, args.tiny, encoders=True))
+            for part in pipe.components.values():
+                if isinstance(part, torch.nn.Module):
+                    part.to("cpu" if part not in (pipe.transformer, pipe.vae) else args.device)
+            loading = mock.patch.object(common, "load_pipeline", lambda *_, pipe=pipe: pipe)
+            with loading, mock.patch.object(common, "print_ending"):
+                module.main(own)
+            measured = [
+                json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text("utf-8").splitlines()
+            ]
+        del pipe, loading
+        gc.collect()
+        key = own.resolution, own.guidance > 1, own.lora_rank
+        counted[key] = counted.get(key) or count_model(args.model, own, args.tiny)
+        planned = plan(module, own, memory, args.tflops * 1e12, counted[key])
+        columns.append(compare(measured[-1], planned))
+    name = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
+    print(f"{args.model} on {name}: measured / counted at {args.tflops:g} TFLOP/s")
+    print(f"{'':28s}" + "".join(f"{name + '.py':>20s}" for name in args.scripts))
+    for name in columns[0]:
+        print(f"{name:28s}" + "".join(f"{column[name]:>20s}" for column in columns))
+    print("What gcpo.py looks up again for its second update is in the measured training and in the counted rollout.")
+
+
+def compare(measured, planned):
+    """{what: "measured / planned"} of an iteration: a line of metrics.jsonl, and what plan returns."""
+    phases = {"rollout": ("rollout", "encoding"), "reward": ("decoding", "scoring"), "train": ("training",)}
+    seconds = {phase: measured[f"{phase}_s"] for phase in phases}
+    cells = {"seconds": (sum(seconds.values()), 60 * planned["minutes"])}
+    for phase, names in phases.items():
+        cells[f"  {phase}"] = seconds[phase], 60 * sum(planned[f"  {name}"] for name in names)
+    for phase, names in phases.items():
+        cells[f"GB in {phase}"] = (
+            measured.get(f"peak_memory_gb/{phase}", math.nan),
+            max(planned[f"GB in {name}"] for name in names),
+        )
+    cells["velocity evaluations"] = measured["velocity_evals"], planned["velocity evaluations"]
+    told = {name: f"{one:.1f} / {two:.1f}" for name, (one, two) in cells.items()}
+    told["TFLOP/s over all"] = f"{1e3 * planned['PFLOP'] / cells['seconds'][0]:.1f}"
+    return told | {name: f"{measured[name]:.2g}" for name in ("ratio_first_error", "grad_norm", "skipped_updates")}
 
 
 # ---------------------------------------------------------------- tempflow, curves
@@ -670,6 +749,14 @@ def main():
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     command.add_argument("--tiny", action="store_true", help="one or two narrow layers, to try this out on a CPU")
 
+    command = commands.add_parser("iteration", help=bench_iteration.__doc__)
+    command.set_defaults(function=bench_iteration)
+    command.add_argument("--model", choices=list(SIZES), default="sd3")
+    command.add_argument("--scripts", nargs="+", choices=study.SCRIPTS, default=study.SCRIPTS)
+    command.add_argument("--tflops", type=float, default=400, help="what the GPU computes in practice, for the plan")
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    command.add_argument("--tiny", action="store_true", help="one or two narrow layers, to try this out on a CPU")
+
     command = commands.add_parser("tempflow", help=bench_tempflow.__doc__)
     command.set_defaults(function=bench_tempflow)
     command.add_argument("--repeats", type=int, default=5)
@@ -687,7 +774,7 @@ def main():
     command.add_argument("--plot", action="store_true", help="tables and figures from tests/curves; needs matplotlib")
 
     args, options = parser.parse_known_args()
-    if args.function not in (bench_plan, bench_model):
+    if args.function not in (bench_plan, bench_model, bench_iteration):
         parser.parse_args()  # refuses what is left
         sys.exit(args.function(args))
     try:
