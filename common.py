@@ -431,7 +431,7 @@ class Policy:
             self.family.max_sequence_length = max_sequence_length
         self.shape = family.latent_shape(pipe.vae.config, pipe.transformer.config, resolution)
         self.device, self.resolution, self.guidance = torch.device(device), resolution, guidance
-        self.micro_batch, self.velocity_evals = micro_batch, 0
+        self.micro_batch, self.velocity_evals, self.compiled = micro_batch, 0, compile
         cuda = self.device.type == "cuda"
         memory = torch.cuda.get_device_properties(self.device).total_memory if cuda else math.inf
         self.store = torch.device("cpu") if 32 * latents * math.prod(self.shape) > memory else self.device
@@ -491,11 +491,14 @@ class Policy:
         if two_pass:  # one call for both
             owner = torch.cat([torch.full_like(owner, -1), owner])
             x, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
-        velocity = self.family.predict(x, sigma, [rows[owner] for rows in text], self.guidance)
+        grad = torch.is_grad_enabled()
+        with torch.set_grad_enabled(grad or self.compiled):  # compiled without gradients it would round differently
+            velocity = self.family.predict(x, sigma, [rows[owner] for rows in text], self.guidance)
+        velocity = velocity if grad else velocity.detach()
         if two_pass:
             without, with_text = velocity.chunk(2)
             velocity = without + self.guidance * (with_text - without)
-        self.velocity_evals += count * (2 if two_pass else 1) * (3 if torch.is_grad_enabled() else 1)
+        self.velocity_evals += count * (2 if two_pass else 1) * (3 if grad else 1)
         return wide(velocity[:count]).to(store)
 
     def velocity_in_micro_batches(self, x, sigma, text, owner):

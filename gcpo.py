@@ -86,7 +86,7 @@ DEFAULTS = {
     ),
     "sd3": SD3,
     "flux": SD3 | dict(
-        iterations=150, prompts_per_iteration=12, group_size=12, micro_batch=2, steps=17, guidance=3.5,
+        iterations=130, prompts_per_iteration=10, group_size=12, micro_batch=2, steps=17, guidance=3.5,
         clip_range=5e-5, ema_decay=0.0, lora_rank=128, lora_alpha=256.0, eval_steps=50
     ),
     "flux2": SD3 | dict(iterations=120, prompts_per_iteration=8, group_size=12, micro_batch=1, eval_steps=50),

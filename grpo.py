@@ -81,7 +81,7 @@ DEFAULTS = {
         eval_every=10, eval_steps=10, eval_seeds=4,
     ),
     "sd3": SD3,
-    "flux": SD3 | dict(group_size=12, micro_batch=2, guidance=3.5, noise_level=0.9),
+    "flux": SD3 | dict(iterations=110, group_size=12, micro_batch=2, guidance=3.5, noise_level=0.9),
     "flux2": SD3 | dict(
         iterations=150, prompts_per_iteration=8, group_size=12, micro_batch=1, sde_steps="0,1,2", eval_steps=50
     ),

@@ -82,7 +82,7 @@ DEFAULTS = {
         eval_every=10, eval_steps=10, eval_seeds=4,
     ),
     "sd3": SD3,
-    "flux": SD3 | dict(iterations=150, micro_batch=2, guidance=3.5, noise_level=0.9),
+    "flux": SD3 | dict(iterations=120, prompts_per_iteration=12, micro_batch=2, guidance=3.5, noise_level=0.9),
     "flux2": SD3 | dict(iterations=120, prompts_per_iteration=8, micro_batch=1, sde_steps="0,1", eval_steps=50),
 }  # fmt: skip
 

@@ -107,6 +107,8 @@ def test_commands_for_eight_gpus_divide(command, tmp_path, monkeypatch):
 def test_commands_with_the_benchmarks(command):
     quick = {"model": ["--tiny", "--resolution", "64", "--device", "cpu"], "plan": []}
     quick |= {"tempflow": ["--repeats", "1"], "processes": ["--repeats", "2"]}
+    small = "--resolution 32 --prompts-per-iteration 2 --group-size 4 --branches 2 --steps 4 --sde-steps 0,1,2"
+    quick["iteration"] = [*small.split(), "--tiny", "--device", "cpu"]
     options = shlex.split(command)[2:]
     line = [sys.executable, "tests/bench.py", *options, *quick[options[0]]]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=600)
