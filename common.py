@@ -1190,7 +1190,7 @@ def run_script(main, args_class, defaults):
     except Exception as error:
         message, status = str(error), getattr(error, "exit_status", 1)  # rewards' errors have one too
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in message:
-            message = "out of memory; lower --micro-batch or set --gradient-checkpointing"
+            message = "out of memory; lower --micro-batch, or set --gradient-checkpointing or --reward-offload"
         elif isinstance(error, OSError | SafetensorError):  # the latter is safetensors' word for a full disk
             message = f"{message}; the last checkpoint stands, see --resume"
         elif not hasattr(error, "exit_status"):

@@ -58,7 +58,7 @@ class Args:
     dtype: str | None = option(None, "of frozen weights; default: bfloat16 on CUDA, else float32", choices=[*DTYPES])
     device: str | None = option(None, "default: cuda if there is one, else cpu")
     gradient_checkpointing: bool = option(False, "less memory in training, a third more time")
-    compile: bool = option(False, "torch.compile the transformer's blocks")
+    compile: bool = option(False, "torch.compile the transformer's blocks; sampling then takes training's memory")
     eval_prompts: str | None = option(None, "default: held-out ones for tiny's own, else --prompts", group="evaluation")
     eval_every: int | None = option(None, "iterations between evaluations", low=1)
     eval_steps: int | None = option(None, "ODE steps of an evaluation", low=1, high=1000)
@@ -86,7 +86,7 @@ DEFAULTS = {
     ),
     "sd3": SD3,
     "flux": SD3 | dict(
-        iterations=130, prompts_per_iteration=10, group_size=12, micro_batch=2, steps=17, guidance=3.5,
+        iterations=160, prompts_per_iteration=8, group_size=12, micro_batch=2, steps=17, guidance=3.5,
         clip_range=5e-5, ema_decay=0.0, lora_rank=128, lora_alpha=256.0, eval_steps=50
     ),
     "flux2": SD3 | dict(iterations=120, prompts_per_iteration=8, group_size=12, micro_batch=1, eval_steps=50),

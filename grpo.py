@@ -52,7 +52,7 @@ class Args:
     dtype: str | None = option(None, "of frozen weights; default: bfloat16 on CUDA, else float32", choices=[*DTYPES])
     device: str | None = option(None, "default: cuda if there is one, else cpu")
     gradient_checkpointing: bool = option(False, "less memory in training, a third more time")
-    compile: bool = option(False, "torch.compile the transformer's blocks")
+    compile: bool = option(False, "torch.compile the transformer's blocks; sampling then takes training's memory")
     eval_prompts: str | None = option(None, "default: held-out ones for tiny's own, else --prompts", group="evaluation")
     eval_every: int | None = option(None, "iterations between evaluations", low=1)
     eval_steps: int | None = option(None, "ODE steps of an evaluation", low=1, high=1000)

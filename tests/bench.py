@@ -139,7 +139,7 @@ def make_vae(name, tiny=False):
 def make_encoder(class_name, config, tiny=False):
     import transformers
 
-    if tiny:  # narrow inside; FLUX.2 reads Qwen3's states up to the 27th layer
+    if tiny:  # few layers, but as wide outside; FLUX.2 reads Qwen3's states up to the 27th
         config = config | dict(vocab_size=1000, intermediate_size=64, d_ff=64, num_hidden_layers=1)
         config |= dict(num_hidden_layers=27) if class_name.startswith("Qwen3") else {}
     model_class = getattr(transformers, class_name)
@@ -455,7 +455,7 @@ def plan(module, args, memory, tflops, counted):
         """Bytes in each phase, with so many latents a call."""
         reference = cost("rollout", rows)[2] if args.kl_coef > 0 else 0
         return {
-            "rollout": stays + cost("rollout", rows)[2],
+            "rollout": stays + cost(train if args.compile else "rollout", rows)[2],  # see Policy.velocity
             "training": stays + cost(train, rows)[2] + reference,
             "decoding": stays + cost("decode", rows)[2] + pictures,
             "scoring": stays + cost("score", 1)[2] + pictures + args.reward_offload * weights["reward"],
@@ -548,8 +548,7 @@ def bench_model(args, options):
 
 
 def random_pickscore(device, tiny):
-    """PickScore's CLIP with random weights, as rewards.py has a model that it has loaded."""
-    import rewards
+    """PickScore's CLIP with random weights, as rewards.py keeps a model that it has loaded."""
     import small_pipelines
 
     import transformers
@@ -557,63 +556,67 @@ def random_pickscore(device, tiny):
     config = transformers.CLIPConfig(**({} if tiny else PICKSCORE))
     dtype = torch.float16 if device.startswith("cuda") else torch.float32
     clip = make_on(device, dtype, transformers.CLIPModel, config).eval().requires_grad_(False)
-    loaded = clip, small_pipelines.clip_tokenizer(), transformers.CLIPImageProcessorPil(), 100.0
-    rewards.LOADED["load_clip", device, rewards.PICKSCORE] = loaded
-    return mock.patch.object(rewards.Reward, "check")  # which would look for it on the hub
+    return clip, small_pipelines.clip_tokenizer(), transformers.CLIPImageProcessorPil(), 100.0
+
+
+def run_iteration(module, model, device, tiny, options):
+    """Run a script for an iteration with random weights; returns its settings, and the last line of its metrics."""
+    import rewards
+
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "prompts.txt").write_text("".join(f"picture {number}\n" for number in range(48)), "utf-8")
+        Path(folder, "one.txt").write_text("a picture\n", "utf-8")
+        files = f"--prompts {folder}/prompts.txt --eval-prompts {folder}/one.txt --output {folder}/run"
+        line = f"{files} --device {device} --iterations 1 --eval-seeds 1 --eval-steps 1"
+        args = script_args(module, model, [*line.split(), *options])
+        pipe = fill(make_pipeline(model, device, common.DTYPES[args.dtype], tiny, encoders=True))
+        for name, part in pipe.components.items():
+            if part and name.startswith("text_encoder"):
+                part.to("cpu")
+        scorer = {("load_clip", device, rewards.PICKSCORE): random_pickscore(device, tiny)}
+        with (
+            mock.patch.dict(rewards.LOADED, scorer),
+            mock.patch.object(rewards.Reward, "check"),  # would look for it on the hub
+            mock.patch.object(common, "load_pipeline", lambda *_: pipe),
+            mock.patch.object(common, "print_ending"),
+        ):
+            module.main(args)
+        return args, json.loads(Path(folder, "run", "metrics.jsonl").read_text("utf-8").splitlines()[-1])
 
 
 def bench_iteration(args, options):
-    """An iteration of each script at the true size with random weights, measured and planned. Options as of theirs."""
-    dtype, cuda, columns, counted = torch.bfloat16, args.device.startswith("cuda"), [], {}
+    """An iteration of each script at the true size with random weights, measured and planned. Options as of theirs.
+
+    It is the first one, after an evaluation of one picture. With --compile, compiling is in its seconds.
+    """
+    cuda, counted = args.device.startswith("cuda"), {}
     memory = torch.cuda.get_device_properties(args.device).total_memory if cuda else 24e9
-    for module in (module for module in SCRIPTS if module.__name__ in args.scripts):
-        with tempfile.TemporaryDirectory() as folder, random_pickscore(args.device, args.tiny):
-            prompts = Path(folder, "prompts.txt")
-            prompts.write_text("".join(f"picture {number}\n" for number in range(48)), "utf-8")
-            Path(folder, "one.txt").write_text("a picture\n", "utf-8")
-            line = f"--device {args.device} --prompts {prompts} --eval-prompts {folder}/one.txt --output {folder}/run"
-            line += " --iterations 1 --eval-seeds 1 --eval-steps 1"
-            own = script_args(module, args.model, [*line.split(), *options])
-            pipe = fill(make_pipeline(args.model, args.device, dtype, args.tiny, encoders=True))
-            for part in pipe.components.values():
-                if isinstance(part, torch.nn.Module):
-                    part.to("cpu" if part not in (pipe.transformer, pipe.vae) else args.device)
-            loading = mock.patch.object(common, "load_pipeline", lambda *_, pipe=pipe: pipe)
-            with loading, mock.patch.object(common, "print_ending"):
-                module.main(own)
-            measured = [
-                json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text("utf-8").splitlines()
-            ]
-        del pipe, loading
-        gc.collect()
-        key = own.resolution, own.guidance > 1, own.lora_rank
-        counted[key] = counted.get(key) or count_model(args.model, own, args.tiny)
-        planned = plan(module, own, memory, args.tflops * 1e12, counted[key])
-        columns.append(compare(measured[-1], planned))
     name = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
-    print(f"{args.model} on {name}: measured / counted at {args.tflops:g} TFLOP/s")
-    print(f"{'':28s}" + "".join(f"{name + '.py':>20s}" for name in args.scripts))
-    for name in columns[0]:
-        print(f"{name:28s}" + "".join(f"{column[name]:>20s}" for column in columns))
-    print("What gcpo.py looks up again for its second update is in the measured training and in the counted rollout.")
+    for module in SCRIPTS:
+        if module.__name__ in args.scripts:
+            own, measured = run_iteration(module, args.model, args.device, args.tiny, options)
+            gc.collect()
+            key = own.resolution, own.guidance > 1, own.lora_rank
+            counted[key] = counted.get(key) or count_model(args.model, own, args.tiny)
+            planned = plan(module, own, memory, args.tflops * 1e12, counted[key])
+            print(f"{module.__name__}.py, {args.model} on {name}: measured, and counted at {args.tflops:g} TFLOP/s")
+            for row in compare(measured, planned):
+                print(row, flush=True)
+    print("What gcpo.py looks up again, and the KL's reference, are measured in training and counted in the rollout.")
 
 
 def compare(measured, planned):
-    """{what: "measured / planned"} of an iteration: a line of metrics.jsonl, and what plan returns."""
+    """Rows of what an iteration took: a line of metrics.jsonl (where nan is None), and what plan returns."""
     phases = {"rollout": ("rollout", "encoding"), "reward": ("decoding", "scoring"), "train": ("training",)}
-    seconds = {phase: measured[f"{phase}_s"] for phase in phases}
-    cells = {"seconds": (sum(seconds.values()), 60 * planned["minutes"])}
-    for phase, names in phases.items():
-        cells[f"  {phase}"] = seconds[phase], 60 * sum(planned[f"  {name}"] for name in names)
-    for phase, names in phases.items():
-        cells[f"GB in {phase}"] = (
-            measured.get(f"peak_memory_gb/{phase}", math.nan),
-            max(planned[f"GB in {name}"] for name in names),
-        )
-    cells["velocity evaluations"] = measured["velocity_evals"], planned["velocity evaluations"]
-    told = {name: f"{one:.1f} / {two:.1f}" for name, (one, two) in cells.items()}
-    told["TFLOP/s over all"] = f"{1e3 * planned['PFLOP'] / cells['seconds'][0]:.1f}"
-    return told | {name: f"{measured[name]:.2g}" for name in ("ratio_first_error", "grad_norm", "skipped_updates")}
+    seconds = {f"{phase}_s": 60 * sum(planned[f"  {name}"] for name in names) for phase, names in phases.items()}
+    peaks = {f"peak_memory_gb/{p}": max(planned[f"GB in {name}"] for name in names) for p, names in phases.items()}
+    total = sum(measured[phase] for phase in seconds)
+    yield f"{'seconds':24s} {total:10.1f} {60 * planned['minutes']:10.1f}"
+    for name, value in (seconds | peaks | {"velocity_evals": planned["velocity evaluations"]}).items():
+        yield f"{name:24s} {measured.get(name, math.nan):10.1f} {value:10.1f}"
+    yield f"{'TFLOP/s over all':24s} {1e3 * planned['PFLOP'] / total:10.1f}"
+    for name in ("ratio_first_error", "grad_norm", "skipped_updates"):
+        yield f"{name:24s} {math.nan if measured[name] is None else measured[name]:10.2g}"
 
 
 # ---------------------------------------------------------------- tempflow, curves

@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import json
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -128,6 +129,22 @@ def test_defaults_are_for_one_gpu(script, family):
     assert (args.branches if script == "tempflow_grpo" else args.group_size) >= 12
 
 
+@pytest.mark.parametrize("family", CARDS)
+def test_the_readme_has_the_plan(family):
+    """Minutes, iterations, hours and peak memory of the three scripts, in this order."""
+    memory, tflops = CARDS[family]
+    told = {"sd3": "SD3.5 Medium", "flux": "`black-forest-labs/FLUX.1", "flux2": "`black-forest-labs/FLUX.2"}[family]
+    row = re.search(rf"^\| {re.escape(told)}.*$", (ROOT / "README.md").read_text("utf-8"), re.M).group(0).split("|")
+    results = [plan(script, family)[1] for script in ("grpo", "gcpo", "tempflow_grpo")]
+    assert f"{memory} GB at {tflops} TFLOP/s" in row[1]
+    assert row[2].split()[:-1] == ", ".join(f"{result['minutes']:.1f}" for result in results).split()
+    runs = [f"{result['iterations']} in {result['hours, with evaluations']:.1f}" for result in results]
+    assert row[3].strip() == ", ".join(runs)
+    peaks = [max(value for name, value in result.items() if name.startswith("GB")) for result in results]
+    digits = 0 if min(peaks) > 50 else 1
+    assert row[4].strip() == ", ".join(f"{peak:.{digits}f}" for peak in peaks) + " GB"
+
+
 def test_larger_settings_cost_what_they_should():
     """Twice the prompts twice the work; guidance twice the evaluations; checkpointing another forward, less memory."""
     args, one = plan("grpo", "sd3")
@@ -188,10 +205,10 @@ def test_an_iteration_beside_its_plan(monkeypatch, capsys):
     small = "--resolution 32 --prompts-per-iteration 2 --group-size 4 --steps 4 --sde-steps 0,1,2 --scripts grpo"
     monkeypatch.setattr(sys, "argv", ["bench.py", "iteration", "--tiny", "--device", "cpu", *small.split()])
     bench.main()
-    rows = {line[:28].strip(): line[28:].split() for line in capsys.readouterr().out.splitlines()}
-    assert rows["velocity evaluations"] == ["104.0", "/", "104.0"]  # 8 x 4 steps, and 3 x 8 x 3 that train
-    assert rows["ratio_first_error"] == ["0"] and float(rows["grad_norm"][0]) > 0
-    assert all(float(rows[phase][0]) > 0 for phase in ("rollout", "reward", "train"))
+    rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert rows["velocity_evals"].split() == ["104.0", "104.0"]  # 8 x 4 steps, and 3 x 8 x 3 that train
+    assert float(rows["ratio_first_error"]) == 0 and float(rows["grad_norm"]) > 0
+    assert all(float(rows[f"{phase}_s"].split()[0]) > 0 for phase in ("rollout", "reward", "train"))
 
 
 @pytest.mark.parametrize("options", ["--sde-steps 99", "--branch 3", "--resolution 100", "--micro-batch 0"])
