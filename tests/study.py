@@ -416,7 +416,7 @@ def draw(axes, runs, names, seeds=False):
             axes.errorbar(BUDGET / 1000 + 5 * len(lines), middle[-1], half[-1], color=colour, fmt="o", capsize=2)
     axes.set(xlabel="velocity evaluations in training, thousands", ylabel="reward of held-out prompts")
     axes.grid(alpha=0.3)
-    axes.legend(handles=lines, loc="upper left")
+    axes.legend(handles=lines, loc="upper left", fontsize="small")
 
 
 def plot(folder=CURVES):
