@@ -437,7 +437,7 @@ class Policy:
         self.store = torch.device("cpu") if 32 * latents * math.prod(self.shape) > memory else self.device
         if cuda and self.transformer.dtype != torch.float32:  # TF32, or LoRA takes as long as the rest
             torch.set_float32_matmul_precision("high")
-        # cuDNN's attention, an H100's default, made an illegal memory access in FLUX.1's backward (torch 2.11)
+        # cuDNN's attention is off: FLUX.1's backward made an illegal memory access with it (H200, torch 2.11)
         torch.backends.cuda.enable_cudnn_sdp(False)
         self.encoders = [part for name, part in pipe.components.items() if part and name.startswith("text_encoder")]
         for part in (pipe.vae, pipe.transformer, *self.encoders):
