@@ -120,7 +120,8 @@ QUESTIONS = {
     "TempFlow-GRPO": "Against GRPO on the same steps; what its parts add; branches at the first five of nine steps.",
     "17 steps": "The steps and chunks of [GC] on this model, half of the chunks trained.",
     "tuning": "Against the value that the study has; where the difference is positive, another is better. Seeds 10 and "
-    "11, which are not the study's; two seeds make wide intervals.",
+    "11, which are not the study's; two seeds make wide intervals. The runs on all nine steps have "
+    "the rate that was found on early ones; `tuning-grpo-all` asks whether they want another.",
     "noise": "Other random steps, with a noise level tuned for each, and three steps drawn in each iteration.",
 }
 
