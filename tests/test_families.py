@@ -236,6 +236,13 @@ def test_halves_have_the_gradient_of_float32_at_the_true_latent_size():
     assert cosine["float16", False] < 0.9  # it is the scale that does it
 
 
+def test_cudnn_attention_stays_off(model):
+    """FLUX.1's backward fails with it on an H200, which no CPU can show."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    make_policy(model("flux"))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 @slow
 def test_compiled_ratio_is_one_before_any_update(model):
     """Compiled for a rollout without gradients, the network rounds otherwise: off by 0.08 in this one, in bfloat16."""
