@@ -1,122 +1,93 @@
-"""What the scripts share, in this order: sampler, model families, policy, several processes, run, command line.
+"""What the three scripts share, in this order: sampler, model families, policy, processes, run, command line.
 
-Who reads the algorithms needs the sampler and the policy. The scripts import this file, and it imports none of them.
-Notation as in the papers: sigma in [0, 1] is the noise level (1 noise, 0 image), x_sigma = (1 - sigma) image + sigma
-noise, velocity = noise - image, s a noise scale, Delta = sigma - sigma_next. [FG] is Flow-GRPO (arXiv 2505.05470), [DG]
-DanceGRPO (2505.07818), [CPS] Flow-CPS (2509.05952), [GC] GCPO (2510.21583), [TF] TempFlow-GRPO (2508.04324).
+To read the algorithms you need the sampler and the policy. The scripts import this file; it imports none of
+them, and importing it does no work. Notation as in the papers: sigma in [0, 1] is the noise level (1 noise, 0
+image), x_sigma = (1 - sigma) image + sigma noise, velocity = noise - image, s a noise scale, Delta = sigma -
+sigma_next. [FG] is Flow-GRPO (arXiv 2505.05470), [DG] DanceGRPO (2505.07818), [CPS] Flow-CPS (2509.05952),
+[PR] Precise (2605.23522), [GC] GCPO (2510.21583), [TF] TempFlow-GRPO (2508.04324).
 """
 
-import atexit
-import dataclasses
-import fcntl
-import gc
 import hashlib
-import importlib.metadata
-import importlib.util
 import io
 import json
 import math
 import os
-import shutil
-import signal
+import re
 import subprocess
 import sys
-import tempfile
 import textwrap
 import time
-from argparse import SUPPRESS, ArgumentParser
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from functools import partial
+from argparse import ArgumentParser
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
-from typing import get_args
+from typing import Literal
 
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, reduce
+from torch.nn.functional import adaptive_avg_pool2d, pad, pixel_shuffle, pixel_unshuffle
+from tqdm import tqdm
 
-def no_traceback(kind, error, traceback):
-    """Ctrl-C where nobody has caught it, in the seconds that the imports take for instance: one line, status 130."""
-    if kind is not KeyboardInterrupt:
-        return sys.__excepthook__(kind, error, traceback)
-    print("stopped", file=sys.stderr, flush=True)
-    os._exit(130)
-
-
-sys.excepthook = no_traceback
-os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # or it tells of packages that are not used here
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-if not sys.stderr.isatty():
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-import torch  # noqa: E402
-from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache  # noqa: E402
-from safetensors import SafetensorError  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from torch.nn.functional import adaptive_avg_pool2d, pad, pixel_shuffle, pixel_unshuffle  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-MAX_EVAL_PROMPTS = 64
 TINY = Path(__file__).resolve().parent / "tests" / "tiny"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-
-class StopRun(Exception):
-    """A clear end: one line for the user and an exit status. 2: bad input; 1: the run cannot go on; 128 + a signal."""
-
-    def __init__(self, message, exit_status=2):
-        super().__init__(message)
-        self.exit_status = exit_status
-
-
-def brief(error):
-    """An exception's text on one line, with its type where it has none."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def warn(message):
-    print(f"warning: {message}", file=sys.stderr)
-
-
-# ---------------------------------------------------------------- the sampler, advantages, metrics of the ratio
+# ---------------------------------------------------------------- sampler, advantages, metrics of the ratio
 
 
 def noise_scale(sigmas, sde, noise_level):
-    """Noise scale s of every step that can be random; its noise has std s sqrt(Delta).
+    """Noise scale s of every step that can be random; the noise of such a step has std s sqrt(Delta).
 
-    sigmas: (T + 1,) from 1 down to 0. sde: "flow", s = a sqrt(sigma / (1 - sigma)) [FG] eq. 9, where sigma = 1 the
-    denominator has sigma_1, or it would be 0; "dance", s = eta [DG]; or "cps", std = sigma_next sin(eta pi / 2) [CPS].
-    noise_level: a or eta. Returns (T - 1,): the last step is an ODE step.
+    sigmas: (T + 1,) from 1 down to 0. noise_level: a or eta, at least 0. sde: the sampler.
+        "flow"     s = a sqrt(sigma / (1 - sigma)) [FG] eq. 9; the first step divides by 1 - sigma_1, not by 0
+        "dance"    s = eta [DG]
+        "cps"      std = sigma_next sin(eta pi / 2) [CPS]
+        "precise"  std = sigma_next sqrt(1 - r^(eta^2)) [PR], where r = sigma_next (1 - sigma) / (sigma (1 -
+                   sigma_next)), and 0 in the first step, which renews all noise
+    Returns (T - 1,): the last step is always an ODE step.
     """
+    sigma, sigma_next = sigmas[:-2], sigmas[1:-1]
     if sde == "dance":
-        return torch.full_like(sigmas[:-2], noise_level)
+        return torch.full_like(sigma, noise_level)
+    if sde == "flow":
+        return noise_level * (sigma / (1 - torch.cat([sigmas[1:2], sigma[1:]]))).sqrt()
     if sde == "cps":
-        return sigmas[1:-1] * math.sin(noise_level * math.pi / 2) / (sigmas[:-2] - sigmas[1:-1]).sqrt()
-    inner = torch.where(sigmas == 1, sigmas[1], sigmas)
-    return noise_level * (sigmas / (1 - inner)).sqrt()[:-2]
+        std = sigma_next * math.sin(noise_level * math.pi / 2)
+    else:
+        r = sigma_next * (1 - sigma) / (sigma * (1 - sigma_next))
+        r[0] = 0.0
+        std = sigma_next * (1 - r ** (noise_level**2)).sqrt()
+    return std / (sigma - sigma_next).sqrt()
 
 
 def wide(x):
-    """float16 and bfloat16 as float32, in which all of the sampler is computed; float32 and float64 as they are."""
+    """Cast half precision to float32, in which the sampler computes; float32 and float64 stay as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def sde_drift_std(sigma, sigma_next, s, sde="flow"):
-    """How much of the predicted noise a step takes out beyond the ODE's step, and the std of the noise that it puts in.
+    """How much predicted noise a step removes beyond the ODE step, and the std of the noise that it adds.
 
-    sigma, sigma_next, s: tensors that broadcast. "flow" and "dance" keep the ODE's marginals where steps are small
-    [FG]; "cps" keeps the noise of the next state at exactly sigma_next for steps of any size [CPS].
+    sigma, sigma_next, s: tensors that broadcast. "flow" and "dance" keep the marginals of the ODE if steps
+    are small [FG]. "cps" and "precise" leave noise of exactly sigma_next after steps of any size, as far as
+    the predicted image is right [CPS], [PR].
     """
     delta = sigma - sigma_next
     std = s * delta.sqrt()
-    if sde == "cps":
+    if sde in ("cps", "precise"):
         return sigma_next - (sigma_next**2 - std**2).clamp(min=0).sqrt(), std
     return s**2 * delta / (2 * sigma), std
 
 
 def sde_mean_std(x, velocity, sigma, sigma_next, s, sde="flow"):
-    """Mean and standard deviation of one SDE step, for any noise scale s >= 0 [FG] eq. 9, [CPS].
+    """Mean and standard deviation of one SDE step, for any noise scale s >= 0 [FG] eq. 9, [CPS], [PR].
 
-    x, velocity: (B, ...) latents and velocity at sigma; sigma, sigma_next, s: numbers or (B,) tensors. Returns mean
-    like x and std as (B or 1, 1, ...), float32 or wider. With s = 0 the mean is the ODE's Euler step, exactly.
-    A new sampler is another drift and std: the mean has the predicted image times 1 - sigma_next in it, whatever they
-    are, since x + velocity (1 - sigma) is the predicted noise.
+    x, velocity: (B, ...) latents and velocity at sigma; sigma, sigma_next, s: numbers or (B,) tensors.
+    Returns the mean, shaped like x, and the std as (B or 1, 1, ...), in float32 or wider. With s = 0 the mean
+    is the Euler step of the ODE, exactly. To add a sampler, add its drift and std: x + velocity (1 - sigma)
+    is the predicted noise.
     """
     x, velocity = wide(x), wide(velocity)
     levels = [torch.as_tensor(level, dtype=x.dtype, device=x.device) for level in (sigma, sigma_next, s)]
@@ -127,67 +98,69 @@ def sde_mean_std(x, velocity, sigma, sigma_next, s, sde="flow"):
 
 
 def log_prob(x, mean, std, batch_dims=1):
-    """Log-density of x under a Gaussian, AVERAGED over the latent's dimensions: (B, ...) -> (B,), float32 or wider.
+    """Log-density of x under a Gaussian, AVERAGED over the dimensions: (B, ...) -> (B,), float32 or wider.
 
-    mean and std (a tensor, over 0) broadcast against x, whose first batch_dims dimensions are kept. The sum is the true
-    log-probability of the step. Every published implementation takes the mean instead: ratios then do not depend on the
-    resolution, and differ from 1 by as much less (65,536 dimensions at 512 px), so clip ranges are 1e-5 to 1e-3.
+    mean and std (a tensor, over 0) broadcast against x, whose first batch_dims dimensions are kept. The true
+    log-probability is the sum. Every published implementation averages, which divides the log-ratio by the
+    number of dimensions (65,536 at 512 px): that is why clip ranges are 1e-5 to 1e-3. Ratios still depend on
+    the resolution: for the same change per element the std of the log-ratio falls as 1 / sqrt(dimensions).
     """
     logp = -((wide(x) - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
     return logp.flatten(batch_dims).mean(-1)
 
 
 @torch.no_grad()
-def ode_sample(policy, x, text, owner, sigmas, tuned_share=1.0):
-    """Deterministic Euler sampling from x (B, ...) at sigmas[0], as at inference; text and owner as in velocity.
+def ode_sample(policy, x, text, prompt_index, sigmas, tuned_share=1.0):
+    """Euler sampling from x (B, ...) at sigmas[0], as at inference; other arguments as in velocity.
 
-    sigmas: (T + 1,) or some consecutive ones of them. tuned_share < 1 is hybrid inference [GC]: the adapter is on for
-    that first share of the steps only. It is on when this returns.
+    sigmas: (T + 1,) or a consecutive part of them. tuned_share < 1 is hybrid inference [GC]: the adapter is
+    on for that first share of the steps only. It is on when this returns.
     """
     for step in range(len(sigmas) - 1):
         if step == math.ceil(tuned_share * (len(sigmas) - 1) - 1e-9):
             policy.transformer.disable_adapters()
-        velocity = policy.velocity_in_micro_batches(x, sigmas[step], text, owner)
+        velocity = policy.velocity_in_micro_batches(x, sigmas[step], text, prompt_index)
         x = x - (sigmas[step] - sigmas[step + 1]) * velocity
     policy.transformer.enable_adapters()
     return x
 
 
-def group_advantage(rewards, std="group", clip=5.0):
-    """A = (r - mean of the group) / (std + 1e-4), clipped to +-clip.
+def group_advantage(rewards, std=None, clip=5.0):
+    """A = (r - mean of the group) / (std + 1e-4), clipped to +-clip; exactly 0 in a group of equal rewards.
 
-    rewards: (..., G), a group in the last dimension. std: "group" [DG], or "batch" [FG], that of all rewards; both are
-    the population's (divided by the count). Returns advantages like rewards, and the share of groups without spread:
-    those have advantage 0 and teach nothing.
+    rewards: (..., G), a group in the last dimension. std: None for that of each group [DG], or a number, that
+    of the whole batch [FG]; population stds, divided by the count. Returns advantages shaped like rewards,
+    and the share of groups of equal rewards, which teach nothing.
     """
-    spread = rewards.std(-1, keepdim=True, correction=0)
-    centred = rewards - rewards.mean(-1, keepdim=True)
-    scale = spread if std == "group" else gather(rewards).std(correction=0)
-    return (centred / (scale + 1e-4)).clamp(-clip, clip), (spread < 1e-6).float().mean().item()
+    r = rewards.double()
+    equal = r.amax(-1, keepdim=True) == r.amin(-1, keepdim=True)  # their mean, rounded, may be another number
+    scale = r.std(-1, keepdim=True, correction=0) if std is None else std
+    advantage = ((r - r.mean(-1, keepdim=True)) / (scale + 1e-4)).clamp(-clip, clip)
+    return advantage.masked_fill(equal, 0.0).to(rewards.dtype), equal.double().mean().item()
 
 
 def generator(seed, purpose, number):
-    """A random generator that depends on just these three: so a resumed run draws what it would have drawn."""
+    """A random generator that depends on these three only, so that a resumed run draws the same."""
     digest = hashlib.sha256(f"{seed} {purpose} {number}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def iteration_prompts(prompts, count, iteration, seed):
-    """The prompts of an iteration (1, 2, ...): the file in a new random order each time it has been gone through."""
-    places = [divmod(position, len(prompts)) for position in range((iteration - 1) * count, iteration * count)]
+    """The prompts of an iteration (1, 2, ...): all are used, in random order, before any is used again."""
+    places = [divmod(n, len(prompts)) for n in range((iteration - 1) * count, iteration * count)]
     epochs = {epoch for epoch, _ in places}
     order = {n: torch.randperm(len(prompts), generator=generator(seed, "prompts", n)) for n in epochs}
     return [prompts[order[epoch][index]] for epoch, index in places]
 
 
 def iteration_steps(steps, count, iteration, seed):
-    """`count` of the `steps` in rising order: those that are random and trained in an iteration; all, if so many."""
+    """Which `count` of the `steps` are random and trained in an iteration, in rising order."""
     chosen = torch.randperm(len(steps), generator=generator(seed, "sde-steps", iteration))[:count]
     return [steps[n] for n in sorted(chosen.tolist())]
 
 
 class Stats:
-    """Collects tensors over the updates of an iteration, without waiting for the device; averages them at the end."""
+    """Collects tensors over an iteration's updates without waiting for the device, and averages them."""
 
     def __init__(self):
         self.values = {}
@@ -196,26 +169,36 @@ class Stats:
         for name, value in values.items():
             self.values.setdefault(name, []).append(value.detach().flatten())
 
-    def metrics(self, clip_range):
-        """Metrics of an iteration. Needs log_ratio and advantage, first_log_ratio and first_step; averages all others.
+    def metrics(self, clip_range, steps, transitions):
+        """Metrics of an iteration, over all processes.
 
-        clip_low: share of ratios under 1 - clip_range with a negative advantage; clip_high: over 1 + clip_range with a
-        positive one. Those are the transitions whose gradient the clip cuts off. approx_kl: E[ratio - 1 - log ratio].
+        Needs first_log_ratio and first_step of the first update, and loss, log_ratio, advantage, grad_norm of
+        all. steps: K. transitions: how many losses there are, with those that were left out: they count 0 in
+        the averages. ratio_* are over the others, None if there are none. clip_low, clip_high: share of
+        ratios under 1 - clip_range with a negative advantage, over 1 + clip_range with a positive one, whose
+        gradient the clip sets to 0. approx_kl: E[ratio - 1 - log ratio].
         """
-        value = {name: torch.cat(everywhere(torch.cat(parts).float().cpu())) for name, parts in self.values.items()}
-        log_ratio, advantage, step = value.pop("log_ratio"), value.pop("advantage"), value.pop("first_step").long()
-        ratio, first_error = log_ratio.exp(), (value.pop("first_log_ratio").exp() - 1).abs().view(len(step), -1)
-        return {
-            "ratio_mean": ratio.mean().item(),
-            "ratio_min": ratio.min().item(),
-            "ratio_max": ratio.max().item(),
-            "ratio_first_error": first_error.max().item(),
-            "ratio_first_error_by_step": [first_error[step == n].max().item() for n in step.unique()],
-            "clip_low": ((ratio < 1 - clip_range) & (advantage < 0)).float().mean().item(),
-            "clip_high": ((ratio > 1 + clip_range) & (advantage > 0)).float().mean().item(),
-            "approx_kl": (ratio - 1 - log_ratio).mean().item(),
-            **{name: values.mean().item() for name, values in value.items()},
-        }
+        names = "log_ratio advantage first_log_ratio first_step loss"
+        value = {name: [torch.zeros(0)] for name in names.split()}
+        mine = {name: torch.cat(parts).float().cpu() for name, parts in self.values.items()}
+        for name, values in ((name, process[name]) for process in gather_object([mine]) for name in process):
+            value.setdefault(name, []).append(values)
+        value = {name: torch.cat(parts) for name, parts in value.items()}
+        share = len(value["loss"]) / sum(gather_object([transitions]))
+
+        def of(function, values, empty=None):
+            return function(values.double()).item() if values.numel() else empty
+
+        ratio, advantage, step = value["log_ratio"].exp(), value.pop("advantage"), value.pop("first_step")
+        error = (value.pop("first_log_ratio").exp() - 1).abs().view(len(step), -1 if len(step) else 1)
+        metrics = {f"ratio_{name}": of(getattr(torch, name), ratio) for name in ("mean", "min", "max")}
+        metrics["ratio_first_error"] = of(torch.max, error)
+        metrics["ratio_first_error_by_step"] = [of(torch.max, error[step == n]) for n in range(steps)]
+        metrics["grad_norm"] = of(torch.mean, value.pop("grad_norm"))
+        value["approx_kl"] = ratio - 1 - value.pop("log_ratio")
+        value["clip_low"] = (ratio < 1 - clip_range) & (advantage < 0)
+        value["clip_high"] = (ratio > 1 + clip_range) & (advantage > 0)
+        return metrics | {name: share * of(torch.mean, values, 0.0) for name, values in value.items()}
 
 
 # ---------------------------------------------------------------- the model families
@@ -224,36 +207,38 @@ class Stats:
 class SD3:
     """Stable Diffusion 3 and 3.5, and what every other family must provide.
 
-    Another family is a class with the same names, in FAMILIES under the class name in the repository's
-    model_index.json. What the pipeline can do itself, it does: so plain inference gives the same pictures.
+    To add a family, write a class with the same names and register it in FAMILIES. What the pipeline can do,
+    the pipeline does, so that plain inference gives the same pictures.
     """
 
-    # [FG]: the projections of both streams' attention
-    targets = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
-    max_sequence_length = 256  # T5 tokens: the pipeline's default
-    two_pass_guidance = True  # False: the transformer takes guidance as an input, or none
-    max_shift, even_sigmas = 1.16, False  # the pipeline's default; whether it shifts evenly spaced noise levels
+    name = "sd3"  # of its settings in DEFAULTS
+    # [FG]: the joint attention. The bare name "to_q" would also match SD3.5's second attention, attn2
+    targets = r".*\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+    max_sequence_length = 256  # T5 tokens, as in the pipeline; [FG] uses 128
+    two_pass_guidance = True  # False: the transformer takes guidance as an input, or has none
+    max_shift = 1.16  # the pipeline's default
+    even_sigmas = False  # whether the pipeline shifts evenly spaced noise levels
 
     def __init__(self, pipe):
         self.pipe, self.ids = pipe, None
 
     @staticmethod
     def latent_shape(vae, transformer, resolution):
-        """(C, H, W) from the two configs, before any weight is loaded; StopRun where the model cannot do it."""
-        scale = 2 ** (len(vae["block_out_channels"]) - 1)  # pixels a latent; two latents a side are one token
+        """(C, H, W) from the configs of VAE and transformer. SystemExit: the resolution does not fit."""
+        scale = 2 ** (len(vae["block_out_channels"]) - 1)  # pixels per latent; 2 x 2 latents are one token
         most = transformer.get("pos_embed_max_size", math.inf) * 2 * scale
-        if resolution % (2 * scale) or resolution > most:
-            raise StopRun(f"--resolution {resolution} does not fit; give a multiple of {2 * scale}, {most} at most")
+        fits = resolution % (2 * scale) == 0 and resolution <= most
+        require(fits, f"--resolution {resolution} must be a multiple of {2 * scale} up to {most}")
         return vae["latent_channels"], resolution // scale, resolution // scale
 
     def encode(self, prompts):
-        """Text of B prompts: a list of tensors (B, ...), as the pipeline makes them."""
+        """Text embeddings of B prompts as the pipeline makes them: a list of tensors (B, ...)."""
         options = {"do_classifier_free_guidance": False, "max_sequence_length": self.max_sequence_length}
         embeds, _, pooled, _ = self.pipe.encode_prompt(prompts, None, None, **options)
         return [embeds, pooled]
 
     def shift(self, tokens, steps):
-        """How far the schedule is shifted towards noise, by the number of the image's tokens."""
+        """How far the schedule is shifted towards noise, by the number of image tokens."""
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
         get = self.pipe.scheduler.config.get
@@ -264,12 +249,14 @@ class SD3:
         """(steps + 1,) noise levels of the pipeline's scheduler, from 1 to 0."""
         scheduler, get = self.pipe.scheduler, self.pipe.scheduler.config.get
         mu = self.shift((resolution // (2 * self.pipe.vae_scale_factor)) ** 2, steps)
-        even = [1 - n / steps for n in range(steps)] if self.even_sigmas and not get("use_flow_sigmas") else None
+        even = None
+        if self.even_sigmas and not get("use_flow_sigmas"):
+            even = [1 - n / steps for n in range(steps)]
         scheduler.set_timesteps(steps, sigmas=even, mu=mu if get("use_dynamic_shifting") else None)
         return scheduler.sigmas
 
     def predict(self, x, sigma, text, guidance):
-        """The transformer's velocity: x (B, C, H, W), sigma (B,), text as from encode. guidance is for FLUX."""
+        """Velocity: x (B, C, H, W), sigma (B,), text as from encode; only FLUX.1 reads guidance."""
         embeds, pooled = text
         return self.pipe.transformer(x, embeds, pooled, sigma * 1000, return_dict=False)[0]
 
@@ -283,51 +270,45 @@ class SD3:
 class Flux(SD3):
     """FLUX.1: guidance is an input of the transformer, which sees the latents as tokens of 2 x 2."""
 
-    # [FG], for FLUX: attention and feed-forward of both streams, and the attention of the single stream
-    targets = SD3.targets + "ff.net.0.proj ff.net.2 ff_context.net.0.proj ff_context.net.2".split()
-    max_sequence_length = 512
-    two_pass_guidance = False
+    name = "flux"
+    # [FG]: also the feed-forward layers of both streams
+    targets = SD3.targets + r"|.*\.ff(_context)?\.net\.(0\.proj|2)"
+    max_sequence_length, two_pass_guidance = 512, False
     max_shift, even_sigmas = 1.15, True
     patch = 2
 
     def encode(self, prompts):
-        embeds, pooled, _ = self.pipe.encode_prompt(prompts, None, max_sequence_length=self.max_sequence_length)
-        return [embeds, pooled]
+        return list(self.pipe.encode_prompt(prompts, None, max_sequence_length=self.max_sequence_length)[:2])
 
     def positions(self, embeds, x):
-        """Position ids of the tokens of text and image, the same for every prompt and latent."""
+        """Position ids of text and image tokens, the same for every prompt and latent."""
         height, width = x.shape[2] // 2, x.shape[3] // 2
         image = self.pipe._prepare_latent_image_ids(1, height, width, x.device, x.dtype)
         return {"txt_ids": x.new_zeros(embeds.shape[1], 3), "img_ids": image}
 
     def predict(self, x, sigma, text, guidance):
-        transformer, patches = self.pipe.transformer, pixel_unshuffle(x, self.patch)
+        patches = pixel_unshuffle(x, self.patch)
+        tokens, timestep = patches.flatten(2).transpose(1, 2), (sigma * 1000).to(x.dtype) / 1000
         self.ids = self.ids or self.positions(text[0], x)  # made once
-        embedded = transformer.config.guidance_embeds
-        velocity = transformer(
-            hidden_states=patches.flatten(2).transpose(1, 2),  # (B, tokens, channels)
-            timestep=(sigma * 1000).to(x.dtype) / 1000,  # rounded as the pipeline does
-            guidance=x.new_full((len(x),), guidance, dtype=torch.float32) if embedded else None,
-            return_dict=False,
-            **dict(zip(("encoder_hidden_states", "pooled_projections"), text)),
-            **self.ids,
-        )[0]
+        options = dict(zip(("encoder_hidden_states", "pooled_projections"), text)) | self.ids
+        if self.pipe.transformer.config.guidance_embeds:
+            options["guidance"] = x.new_full((len(x),), guidance, dtype=torch.float32)
+        velocity = self.pipe.transformer(tokens, timestep=timestep, return_dict=False, **options)[0]
         return pixel_shuffle(velocity.transpose(1, 2).reshape(patches.shape), self.patch)
 
 
 class Flux2Klein(Flux):
-    """FLUX.2 klein: patches of 2 x 2 are channels of the latent, which the VAE's batch norm has normalised."""
+    """FLUX.2 klein: the latent's channels are patches of 2 x 2, normalised by the VAE's batch norm."""
 
-    # as for FLUX; here the single stream has one layer for attention and feed-forward in, and one out
-    targets = (
-        r".*\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|to_qkv_mlp_proj)|ff(_context)?\.linear_(in|out))"
-        r"|single_transformer_blocks\.\d+\.attn\.to_out"
-    )
+    name = "flux2"
+    # as for FLUX.1; the single stream has one layer into attention and feed-forward, and one out of them
+    targets = SD3.targets + r"|.*\.(ff(_context)?\.linear_(in|out)|attn\.to_qkv_mlp_proj)"
+    targets += r"|single_transformer_blocks\.\d+\.attn\.to_out"
     patch = 1
 
     def __init__(self, pipe):
         super().__init__(pipe)
-        self.two_pass_guidance = not pipe.config.is_distilled  # the pipeline has none for distilled models
+        self.two_pass_guidance = not pipe.config.is_distilled  # distilled models have no guidance
 
     @staticmethod
     def latent_shape(vae, transformer, resolution):
@@ -354,376 +335,401 @@ class Flux2Klein(Flux):
         return self.pipe.image_processor.postprocess(image, output_type="pt")
 
 
-FAMILIES = {  # the pipeline's class: the name of its settings in DEFAULTS, and what it can do
-    "StableDiffusion3Pipeline": ("sd3", SD3),
-    "FluxPipeline": ("flux", Flux),
-    "Flux2KleinPipeline": ("flux2", Flux2Klein),
-}
+FAMILIES = {"StableDiffusion3Pipeline": SD3, "FluxPipeline": Flux, "Flux2KleinPipeline": Flux2Klein}
 
 
-def find_family(model):
-    """Which settings a model takes ("tiny", "sd3", ...), its folder or repository, and its pipeline's class name.
+def one_line(error):
+    return " ".join(str(error).split()) or type(error).__name__
 
-    Reads model_index.json, from the folder, the cache or the hub. StopRun: it is none of ours, or out of reach.
-    """
-    source = str(TINY) if model == "tiny" else model
+
+def model_index(model):
+    """The model_index.json of a folder or repository. SystemExit: there is none, or it is not supported."""
+    from huggingface_hub import hf_hub_download
+
     try:
-        index = Path(source, "model_index.json")
-        if not Path(source).exists():
-            index = try_to_load_from_cache(source, "model_index.json")
-            if not isinstance(index, str):
-                HfApi().model_info(source, timeout=10)  # fails at once where a download would try again and again
-                index = hf_hub_download(source, "model_index.json")
-        name = json.loads(Path(index).read_text("utf-8"))["_class_name"]
-    except Exception as error:  # of many kinds: misspelt, gated, no network, a folder of something else
-        hint = "check spelling and network; for a gated one accept its licence and log in with `hf auth login`"
-        raise StopRun(f"--model {model} is no diffusers pipeline in a folder or on the hub ({brief(error)}); {hint}")
-    if name not in FAMILIES:
-        raise StopRun(f"--model {model} is a {name}; this code knows {', '.join(FAMILIES)}")
-    return "tiny" if Path(source).resolve() == TINY else FAMILIES[name][0], source, name
+        here = Path(model).exists() or Path(model).is_absolute()
+        file = Path(model, "model_index.json") if here else hf_hub_download(model, "model_index.json")
+        index = json.loads(Path(file).read_text("utf-8"))
+        family, scheduler = index["_class_name"], index["scheduler"][1]
+    except (OSError, ValueError, KeyError) as error:  # misspelt, gated, no network, another folder
+        hint = "check spelling and network; for a gated model accept its licence and run `hf auth login`"
+        require(False, f"--model {model} is not a diffusers pipeline: {one_line(error)}; {hint}")
+    known = family in FAMILIES and scheduler == "FlowMatchEulerDiscreteScheduler"
+    hint = f"use one of {', '.join(FAMILIES)} with FlowMatchEulerDiscreteScheduler"
+    require(known, f"--model {model} is a {family} with {scheduler}; {hint}")
+    return index
 
 
 def load_pipeline(model, dtype, resolution):
-    """The pipeline of a model in a dtype (its name); a resolution that it cannot do is refused before weights load."""
+    """The pipeline of a folder or repository; dtype: its name. SystemExit: it cannot be loaded."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()  # it would report packages that are not needed here
+    transformers.logging.disable_progress_bar()
     import diffusers
 
-    if not sys.stderr.isatty():
-        diffusers.utils.logging.disable_progress_bar()
-    _, source, class_name = find_family(model)
-    pipe_class = getattr(diffusers, class_name)
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    index = model_index(model)
+    absent = {name: None for name, value in index.items() if isinstance(value, list) and value[0] is None}
     try:
-        config = pipe_class.load_config(source)
-        absent = {name: None for name, value in config.items() if isinstance(value, list) and value[0] is None}
-        parts = [diffusers.AutoencoderKL.load_config(source, subfolder=name) for name in ("vae", "transformer")]
-        FAMILIES[class_name][1].latent_shape(*parts, resolution)
-        # weights as safetensors only, never a repository's own code
-        safe = {"use_safetensors": True, "trust_remote_code": False}
-        return pipe_class.from_pretrained(source, dtype=DTYPES[dtype], **safe, **absent)
+        load_config = diffusers.AutoencoderKL.load_config
+        configs = load_config(model, subfolder="vae"), load_config(model, subfolder="transformer")
+        FAMILIES[index["_class_name"]].latent_shape(*configs, resolution)  # before any weights are loaded
+        # safetensors only, and never code from a repository
+        options = {"use_safetensors": True, "trust_remote_code": False, "dtype": getattr(torch, dtype)}
+        return diffusers.DiffusionPipeline.from_pretrained(model, **options, **absent)
     except (OSError, ValueError) as error:
-        raise StopRun(f"--model {model} cannot be loaded ({brief(error)}); check its folder or fetch it again")
+        require(False, f"--model {model} cannot be loaded: {one_line(error)}")
 
 
-# ---------------------------------------------------------------- the policy: a diffusers pipeline with a LoRA adapter
+# ---------------------------------------------------------------- the policy: a pipeline with a LoRA adapter
 
 
 class Policy:
-    """The model that is trained: a pipeline whose transformer has a LoRA adapter.
+    """The model that is trained: a diffusers pipeline whose transformer has a LoRA adapter.
 
-    Only the adapter trains, in float32; all else is frozen, in its own dtype. `velocity` is the one way to the network,
-    for rollout, training, reference and evaluation alike.
-
-    latents: how many an iteration keeps. They live, with noise and schedule, on `store`: the device, or the CPU if
-    their float32 take over an eighth of its memory. Tensors made from them stay there; velocity takes its micro-batch
-    to the device and brings it back. max_sequence_length: T5 tokens, if other than the family's.
+    Only the adapter is trained, in float32; everything else is frozen, in its own dtype. `velocity` is the
+    only path to the network: rollout, training, reference and evaluation all use it. ema_every: optimizer
+    steps per step of the moving average. max_sequence_length: T5 tokens, if other than the family's.
     """
 
     def __init__(
         self, pipe, resolution, guidance=1.0, micro_batch=1, lora_rank=32, lora_alpha=64.0, ema_decay=0.0,
-        device="cuda", seed=0, gradient_checkpointing=False, compile=False, latents=0, max_sequence_length=None,
+        ema_every=1, device="cuda", seed=0, gradient_checkpointing=False, max_sequence_length=None,
     ):  # fmt: skip
         from diffusers.training_utils import EMAModel, cast_training_params
         from peft import LoraConfig
 
-        family = FAMILIES[type(pipe).__name__][1]
         pipe.set_progress_bar_config(disable=True)
-        self.family, self.pipe, self.transformer = family(pipe), pipe, pipe.transformer
+        self.pipe, self.transformer, self.device = pipe, pipe.transformer, torch.device(device)
+        self.family = FAMILIES[type(pipe).__name__](pipe)
         if max_sequence_length is not None:
             self.family.max_sequence_length = max_sequence_length
-        self.shape = family.latent_shape(pipe.vae.config, pipe.transformer.config, resolution)
-        self.device, self.resolution, self.guidance = torch.device(device), resolution, guidance
-        self.micro_batch, self.velocity_evals, self.compiled = micro_batch, 0, compile
-        cuda = self.device.type == "cuda"
-        memory = torch.cuda.get_device_properties(self.device).total_memory if cuda else math.inf
-        self.store = torch.device("cpu") if 32 * latents * math.prod(self.shape) > memory else self.device
-        if cuda and self.transformer.dtype != torch.float32:  # TF32, or LoRA takes as long as the rest
+        self.shape = self.family.latent_shape(pipe.vae.config, pipe.transformer.config, resolution)
+        self.resolution, self.guidance, self.micro_batch = resolution, guidance, micro_batch
+        self.velocity_evals, self.compiled = 0, False
+        self.dtype = self.transformer.dtype  # once: diffusers walks all modules for it, 8.5 ms for SD3.5
+        if self.dtype != torch.float32:  # TF32 for the adapter, which would take as long as all the rest
             torch.set_float32_matmul_precision("high")
-        # cuDNN's attention is off: FLUX.1's backward made an illegal memory access with it (H200, torch 2.11)
+        # cuDNN's attention is off: with it the backward of FLUX.1 accessed illegal memory (H200, torch 2.11)
         torch.backends.cuda.enable_cudnn_sdp(False)
-        self.encoders = [part for name, part in pipe.components.items() if part and name.startswith("text_encoder")]
+        self.encoders = [part for name, part in pipe.components.items() if part and "text_encoder" in name]
         for part in (pipe.vae, pipe.transformer, *self.encoders):
             part.requires_grad_(False).eval()
         pipe.vae.to(self.device)
         pipe.transformer.to(self.device)
-        torch.manual_seed(seed)  # LoRA's A is random, its B is zero: the first policy is the base model
-        self.transformer.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=family.targets))
+        torch.manual_seed(seed)  # LoRA's A is random and its B is zero: the first policy is the base model
+        config = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=self.family.targets)
+        self.transformer.add_adapter(config)
         cast_training_params(self.transformer, torch.float32)
         self.parameters = [p for p in self.transformer.parameters() if p.requires_grad]
-        self.ema = EMAModel(self.parameters, ema_decay) if ema_decay else None
-        # The loss is averaged over the latent's numbers and an update's transitions (1,024, say), and so small are its
-        # gradients: in float16 they would be 0 inside the network, so they go through it multiplied. A power of two
+        for parameter in self.parameters:  # stays zero in an update that leaves everything out
+            parameter.grad = torch.zeros_like(parameter)
+        self.ema, self.ema_every = EMAModel(self.parameters, ema_decay) if ema_decay else None, ema_every
+        # The loss is averaged over the latent's elements and the update's transitions (1,024, say), so its
+        # gradients are tiny: 0 inside a float16 network. There they are multiplied by a power of two, which
         # changes no digit.
         self.loss_scale = 1024 * 2.0 ** round(math.log2(math.prod(self.shape)))
         if gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
-        if compile:
-            if not self.transformer._repeated_blocks:  # SD3's class does not name them
-                self.transformer._repeated_blocks = self.transformer._no_split_modules
-            self.transformer.compile_repeated_blocks()
+
+    def training_call(self, rows, text):
+        """A forward and a backward of `rows` latents, which leave no trace."""
+        self.micro_batch, evals = rows, self.velocity_evals
+        index = torch.zeros(rows, dtype=torch.long, device=self.device)
+        x = torch.zeros(rows, *self.shape, device=self.device)
+        self.velocity(x, 0.5, text, index).mean().backward()
+        torch._foreach_zero_([parameter.grad for parameter in self.parameters])
+        self.velocity_evals = evals
+        return x
+
+    def compile(self, text):
+        """Compile the transformer's blocks for this micro_batch; if that fails, go on without."""
+        print("compiling, about a minute")
+        if not self.transformer._repeated_blocks:  # SD3's class does not name them
+            self.transformer._repeated_blocks = self.transformer._no_split_modules
+        try:
+            self.compiled = True
+            self.transformer.compile_repeated_blocks(dynamic=False)
+            self.training_call(self.micro_batch, text)
+        except Exception as error:  # no Triton, no C compiler, no headers
+            self.compiled = False
+            for module in self.transformer.modules():
+                module._compiled_call_impl = None
+            print(f"not compiled: {one_line(error)[:200]}")
+
+    def fit_micro_batch(self, text, held, most):
+        """Set micro_batch to what fits on the GPU beside `held` bytes that are not allocated yet.
+
+        It lies on the line through the peak memory with 1 and with 2 latents, of training and of decoding,
+        with 5% left free, and is tried. At most `most`, the latents of an update, in calls of equal size.
+        """
+
+        def peaks(rows):
+            try:
+                torch.cuda.reset_peak_memory_stats()
+                x = self.training_call(rows, text)
+                training = torch.cuda.max_memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+                self.decode(x)
+                return training, torch.cuda.max_memory_allocated()
+            except RuntimeError as error:
+                require(out_of_memory(error), one_line(error))
+                torch.cuda.empty_cache()
+
+        one = peaks(1)
+        if not one:
+            print("one latent does not fit: gradient checkpointing is on")
+            self.transformer.enable_gradient_checkpointing()
+            one = peaks(1)
+        require(one, "out of memory with one latent; use a smaller --resolution or --reward-offload")
+        two, free = peaks(2), torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+        size = min(1 + int((0.95 * free - held - a) / max(b - a, 1)) for a, b in zip(one, two)) if two else 1
+        size = min(max(size, 1), most)
+        while size > 1 and not peaks(size):
+            size -= max(1, size // 4)
+        size = min(gather_object([size]))
+        self.micro_batch = math.ceil(most / math.ceil(most / size))
 
     @torch.no_grad()
-    def encode(self, prompts):
-        """Text embeddings of n prompts: a list of tensors (n + 1, ...), the last row for guidance's empty prompt.
+    def encode(self, *batches):
+        """Text embeddings of lists of prompts: for each list of n, tensors (n + 1, ...) on the CPU.
 
-        The encoders visit the GPU for this and leave it; so memory does not grow with the number of prompts in a file.
+        The last row is guidance's empty prompt. The encoders visit the GPU only for this call. Each list is
+        encoded in groups of eight of its own, so its result does not depend on the other lists.
         """
-        for encoder in self.encoders:
-            encoder.to(self.device)
-        unique = list(dict.fromkeys([*prompts, ""]))
-        index = torch.tensor([unique.index(prompt) for prompt in [*prompts, ""]])
-        parts = [self.family.encode(unique[start : start + 8]) for start in range(0, len(unique), 8)]
-        for encoder in self.encoders:
-            encoder.to("cpu")
+        texts, encoders = [], torch.nn.ModuleList(self.encoders).to(self.device)
+        for prompts in batches:
+            unique = list(dict.fromkeys([*prompts, ""]))
+            index = torch.tensor([unique.index(prompt) for prompt in [*prompts, ""]])
+            parts = [self.family.encode(unique[start : start + 8]) for start in range(0, len(unique), 8)]
+            texts.append([torch.cat(rows).cpu()[index] for rows in zip(*parts)])
+        encoders.to("cpu")
         torch.cuda.empty_cache()
-        return [torch.cat(rows)[index].to(self.device) for rows in zip(*parts)]
+        return texts
 
-    def velocity(self, x, sigma, text, owner):
+    def print_cut_prompts(self, prompts):
+        """Print how many prompts are longer than the text encoders read."""
+        parts = self.pipe.components.items()
+        for name, tokenizer in ((name, part) for name, part in parts if part and "tokenizer" in name):
+            clip = "CLIP" in type(tokenizer).__name__
+            limit = tokenizer.model_max_length if clip else self.family.max_sequence_length
+            if tokenizer.chat_template:  # FLUX.2 reads prompts as messages
+                messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
+                prompts = tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+            cut = sum(len(ids) > limit for ids in tokenizer(prompts, verbose=False)["input_ids"])
+            if cut:
+                print(f"{name} cuts {cut} of {len(prompts)} prompts after {limit} tokens")
+
+    def velocity(self, x, sigma, text, prompt_index, fill=True):
         """Velocity at x, with classifier-free guidance if it is on: (B, ...) -> (B, ...) float32.
 
-        x: latents; sigma: a number or (B,); text: from encode; owner: (B,) which row of text each latent belongs to.
-        The batch is filled up to micro_batch rows with copies of its last, which are dropped again: matrix products
-        round differently for different shapes, and with one shape for all of them the log-probs of rollout and training
-        agree to the last bit. Counts velocity evaluations: one a latent, three where a backward follows;
-        twice as many where guidance takes two passes.
+        x: latents; sigma: a number or (B,); text: one of encode's, on the device; prompt_index: (B,) rows of
+        text. The batch is filled up to micro_batch rows with copies of its last row, which are dropped again:
+        matrix products round differently for different shapes, and with one shape for all calls the log-probs
+        of rollout and training agree to the last bit. Counts velocity evaluations: one per latent, three if a
+        backward follows; twice as many if guidance takes two passes.
         """
-        count, store, device = len(x), x.device, self.device
-        row = torch.arange(max(count, self.micro_batch), device=device).clamp(max=count - 1)
-        owner, sigma = owner.to(device)[row], torch.as_tensor(sigma, device=device).expand(count)[row]
-        x = x.to(device)[row].to(self.transformer.dtype)
+        count = len(x)
+        rows = max(count, self.micro_batch) if fill or self.compiled else count
+        row = torch.arange(rows, device=self.device).clamp(max=count - 1)
+        sigma = torch.as_tensor(sigma, device=self.device).expand(count)[row]
+        prompt_index, x = prompt_index[row], x[row].to(self.dtype)
         two_pass = self.guidance > 1 and self.family.two_pass_guidance
         if two_pass:  # one call for both
-            owner = torch.cat([torch.full_like(owner, -1), owner])
+            prompt_index = torch.cat([torch.full_like(prompt_index, -1), prompt_index])
             x, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
         grad = torch.is_grad_enabled()
-        with torch.set_grad_enabled(grad or self.compiled):  # compiled without gradients it would round differently
-            velocity = self.family.predict(x, sigma, [rows[owner] for rows in text], self.guidance)
+        with torch.set_grad_enabled(grad or self.compiled):  # a graph without gradients rounds differently
+            velocity = self.family.predict(x, sigma, [rows[prompt_index] for rows in text], self.guidance)
         velocity = velocity if grad else velocity.detach()
         if two_pass:
             without, with_text = velocity.chunk(2)
             velocity = without + self.guidance * (with_text - without)
         self.velocity_evals += count * (2 if two_pass else 1) * (3 if grad else 1)
-        return wide(velocity[:count]).to(store)
+        return wide(velocity[:count])
 
-    def velocity_in_micro_batches(self, x, sigma, text, owner):
-        parts = zip(x.split(self.micro_batch), owner.split(self.micro_batch))
-        return torch.cat([self.velocity(x_part, sigma, text, owner_part) for x_part, owner_part in parts])
+    def velocity_in_micro_batches(self, x, sigma, text, prompt_index, exact=math.inf):
+        """The same for any number of latents. exact: how many, from the first, need the shape of training."""
+        M, starts = self.micro_batch, range(0, len(x), self.micro_batch)
+        parts = [(x[n : n + M], sigma, text, prompt_index[n : n + M], n < exact) for n in starts]
+        return torch.cat([self.velocity(*part) for part in parts])
+
+    def micro_batches(self, *tensors):
+        """Split tensors of n rows into [(part, part), ...] of micro_batch rows, on the device."""
+        parts = [rows.to(self.device).split(self.micro_batch) for rows in tensors]
+        return progress(list(zip(*parts)) if len(tensors[0]) else [], "micro-batches")
 
     def sigmas(self, steps):
         """(steps + 1,) noise levels of the pipeline's own scheduler, from 1 to 0."""
-        return self.family.sigmas(steps, self.resolution).to(self.store)
+        return self.family.sigmas(steps, self.resolution).to(self.device)
 
     def noise(self, prompts, each, generator):
-        """Standard normal latents of this process's prompts, `each` of them for a prompt: (prompts * each, C, H, W).
+        """Standard normal latents of this process's prompts, `each` per prompt: (n * each, C, H, W).
 
-        Drawn for the prompts of all processes, on the CPU: every device and any number of processes has the same.
+        Drawn on the CPU for the prompts of all processes, so that it depends on neither device nor processes.
         """
-        return share(torch.randn(prompts, each, *self.shape, generator=generator)).flatten(0, 1).to(self.store)
+        noise = torch.randn(prompts, each, *self.shape, generator=generator)
+        return share(noise).flatten(0, 1).to(self.device)
 
     @torch.no_grad()
     def decode(self, x):
         """Latents -> images (B, 3, H, W) in [0, 1], float32, a micro-batch at a time."""
-        return torch.cat([self.family.decode(part.to(self.device)).float() for part in x.split(self.micro_batch)])
+        return torch.cat([self.family.decode(part).float() for part in x.split(self.micro_batch)])
 
     @contextmanager
     def reference(self):
-        """Inside, the adapter is off and no gradient is kept: the frozen model that the KL is measured to."""
+        """Inside, the adapter is off and no gradient is kept: the frozen model that the KL refers to."""
         self.transformer.disable_adapters()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self.transformer.enable_adapters()
+        with torch.no_grad():
+            yield
+        self.transformer.enable_adapters()
 
     def backward(self, loss):
-        """Add the loss's gradient to the adapter's, multiplied by loss_scale, which clip_gradients takes out again."""
+        """Add the gradient of the loss, multiplied by loss_scale; clip_gradients divides by it again."""
         (loss * self.loss_scale).backward()
 
     def clip_gradients(self, max_norm):
-        """Average the gradients over the processes, take loss_scale out, clip; returns the norm before clipping."""
-        gradients = [parameter.grad for parameter in self.parameters]
-        if PROCESSES > 1:
-            summed = torch.nn.utils.parameters_to_vector(gradients)  # one message; hundreds of small ones are slow
-            collective(torch.distributed.all_reduce, summed)
+        """Average the gradients over processes, undo loss_scale, clip. Returns the norm before clipping."""
+        gradients, processes = [p.grad for p in self.parameters], PartialState().num_processes
+        if processes > 1:  # one message; hundreds of small ones are slow
+            summed = reduce(torch.nn.utils.parameters_to_vector(gradients), "sum")
             torch.nn.utils.vector_to_parameters(summed, gradients)
-        for gradient in gradients:
-            gradient /= self.loss_scale * PROCESSES
-        return torch.nn.utils.clip_grad_norm_(self.parameters, max_norm)
+        torch._foreach_div_(gradients, self.loss_scale * processes)
+        try:
+            return torch.nn.utils.clip_grad_norm_(self.parameters, max_norm, error_if_nonfinite=True)
+        except RuntimeError:
+            hint = "resume from the last checkpoint with a lower --learning-rate or another --dtype"
+            require(False, f"the gradient is not finite; {hint}")
 
     def update_average(self):
         """After an optimizer step: the moving average of the weights, if there is one."""
-        if self.ema:
+        if self.ema and (self.ema.optimization_step + 1) % self.ema_every:
+            self.ema.optimization_step += 1  # only counted: its decay warms up by optimizer steps, as in [FG]
+        elif self.ema:
             self.ema.step(self.parameters)
 
     @contextmanager
     def averaged(self):
-        """Inside, the weights are their moving average, if there is one: for evaluation and for what is saved."""
+        """Inside, the weights are their moving average, if there is one: for evaluation and for saving."""
         if self.ema:
             self.ema.store(self.parameters)
-        try:
-            if self.ema:
-                self.ema.copy_to(self.parameters)
-            yield
-        finally:
-            if self.ema:
-                self.ema.restore(self.parameters)
+            self.ema.copy_to(self.parameters)
+        yield
+        if self.ema:
+            self.ema.restore(self.parameters)
 
     def lora(self):
         """The adapter's weights on the CPU, {name: tensor}."""
         from peft import get_peft_model_state_dict
 
-        return {name: value.detach().cpu() for name, value in get_peft_model_state_dict(self.transformer).items()}
+        state = get_peft_model_state_dict(self.transformer)
+        return {name: weight.detach().cpu() for name, weight in state.items()}
 
     def save_lora(self, folder):
-        """The adapter as diffusers saves it: `pipe.load_lora_weights(folder)` reads it. Equal runs, equal files."""
-        config = self.transformer.peft_config["default"].to_dict()
-        config = {f"transformer.{k}": sorted(v) if isinstance(v, set) else v for k, v in config.items()}
-        # the entry that diffusers reads; it would write two of them, and safetensors those in another order each time
-        metadata = {"lora_adapter_metadata": json.dumps(config, sort_keys=True)}
-        self.pipe.save_lora_weights(folder, self.lora(), save_function=partial(save_file, metadata=metadata))
+        """Save the adapter as diffusers does, at strength 1 in programs that ignore its metadata too.
+
+        So alpha / rank is multiplied into B, and the metadata has alpha = rank.
+        """
+        from safetensors.torch import save
+
+        config = self.transformer.peft_config["default"]
+        scale, metadata = config.lora_alpha / config.r, config.to_dict() | {"lora_alpha": config.r}
+        weights = {name: w * scale if "lora_B" in name else w for name, w in self.lora().items()}
+        metadata = json.dumps({f"transformer.{k}": value for k, value in metadata.items()}, default=list)
+        metadata = {"format": "pt", "lora_adapter_metadata": metadata}
+        self.pipe.save_lora_weights(folder, weights, save_function=lambda w, p: write(p, save(w, metadata)))
 
 
 def make_policy(args, trajectories):
-    """The Policy of a script's settings. trajectories: how many latents it has in flight at most."""
-    names = "resolution guidance lora_rank lora_alpha ema_decay seed gradient_checkpointing compile".split()
+    """The Policy of a script's settings. trajectories: how many latents are sampled together at most."""
+    names = "guidance lora_rank lora_alpha ema_decay ema_every device seed gradient_checkpointing"
+    source = str(TINY) if args.model == "tiny" else args.model
     return Policy(
-        load_pipeline(args.model, args.dtype, args.resolution),
-        **{name: getattr(args, name) for name in names},
-        device=args.device,
-        micro_batch=min(args.micro_batch, trajectories),
-        latents=3 * args.steps * trajectories,  # a step keeps its noise, and the states before and after it
-        max_sequence_length=0 if args.family == "tiny" else None,  # which was trained without T5's tokens
+        load_pipeline(source, args.dtype, args.resolution),
+        args.resolution,
+        **{name: getattr(args, name) for name in names.split()},
+        micro_batch=min(args.micro_batch, trajectories) or 1,
+        max_sequence_length=0 if args.model == "tiny" else None,  # which was trained without T5's tokens
     )
 
 
 # ---------------------------------------------------------------- several processes, as torchrun starts them
 
 
-RANK, PROCESSES = 0, 1
-if torch.distributed.is_torchelastic_launched():
-    RANK, PROCESSES = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-
-
-def take_gpu(device):
-    """Make torchrun's processes on this machine use a GPU each; "cuda" is from then on the GPU of this process."""
-    if PROCESSES > 1 and device.startswith("cuda"):
-        local, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-        if local > gpus or device != "cuda":
-            raise StopRun(
-                f"--device {device} cannot be used by {local} processes on a machine with {gpus} GPUs; give torchrun "
-                "--nproc-per-node as many as there are, or --device cpu"
-            )
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-
-
-@contextmanager
-def quiet():
-    """Inside, the first process alone prints."""
-    out, err = (sys.stdout, sys.stderr) if RANK == 0 else [open(os.devnull, "w")] * 2
-    with redirect_stdout(out), redirect_stderr(err):
-        yield
-
-
-def join_processes(args):
-    """Let the processes find each other. A run knows just one: what the others write goes to a folder that is lost."""
-    if PROCESSES > 1:
-        collective(torch.distributed.init_process_group)  # gloo for what is on a CPU, nccl for what is on CUDA
-        everywhere(None)  # none goes on before all have looked at args.output
-    if RANK > 0:
-        args.output, args.wandb = tempfile.mkdtemp(), None
-        atexit.register(shutil.rmtree, args.output, ignore_errors=True)
-
-
-def collective(operation, *values):
-    """One of torch.distributed's operations. Where a process has ended they fail in the others, which end as well."""
-    try:
-        operation(*values)
-    except RuntimeError as error:
-        if RANK > 0:
-            sys.exit(1)
-        raise StopRun(f"another process has ended ({brief(error)}); find out why, go on with --resume", exit_status=1)
+def join_processes(device):
+    """Make the PartialState, once, for the device of a run; from then on only the first process prints."""
+    options, local, gpus = {}, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if device.startswith("cuda") and "LOCAL_RANK" in os.environ:
+        fits = device == "cuda" and local <= gpus
+        require(fits, f"{local} processes need as many GPUs, and --device cuda; there are {gpus}")
+        options["backend"] = "cuda:nccl,cpu:gloo"
+    if not PartialState(cpu=not device.startswith("cuda"), **options).is_main_process:
+        sys.stdout = open(os.devnull, "w")
 
 
 def share(rows):
-    """This process's part of the rows of all: every PROCESSES-th. All of them where there is one process."""
-    return rows[RANK::PROCESSES]
-
-
-def everywhere(value):
-    """The list of all processes' values, tensors on the CPU or other objects, the same in each process."""
-    values = [value] * PROCESSES
-    if PROCESSES > 1:
-        collective(torch.distributed.all_gather_object, values, value)
-    return values
+    """This process's part of the rows of all processes: every n-th of n processes."""
+    return rows[PartialState().process_index :: PartialState().num_processes]
 
 
 def gather(rows):
-    """The rows of all processes in the order in which share dealt them out: (n, ...) -> (n of all, ...)."""
-    parts = everywhere(rows.cpu())
+    """The rows of all processes, in the order from which share took them, on the CPU."""
+    parts = gather_object([rows.cpu()])
     whole = torch.cat(parts)
-    for rank, part in enumerate(parts):
-        whole[rank::PROCESSES] = part
-    return whole.to(rows.device)
+    for process, part in enumerate(parts):
+        whole[process :: len(parts)] = part
+    return whole
 
 
-# ---------------------------------------------------------------- the run: evaluation, checkpoint, log, the loop
+def progress(items, label, **options):
+    """A progress bar around an iterable, in the terminal of the first process."""
+    hidden = None if PartialState().is_main_process else True
+    return tqdm(items, desc=label, **{"leave": False, "disable": hidden} | options)
+
+
+# ---------------------------------------------------------------- the run: evaluation, checkpoint, log
 
 
 def score(policy, reward, latents, prompts, at_once=64):
-    """Decode and score N latents, about at_once at a time: TempFlow's 10,000 branches would be 32 GB of pictures.
+    """Decode and score N latents, about at_once at a time: 10,000 branches would be 32 GB of pictures.
 
     Returns scores (N,), and {name: scores (N,)} of the reward's parts.
     """
     size = -(-at_once // policy.micro_batch) * policy.micro_batch
     slices = [slice(start, start + size) for start in range(0, len(latents), size)]
-    scored = [reward(policy.decode(latents[part]), prompts[part]) for part in slices]
-    return torch.cat([s for s, _ in scored]), {n: torch.cat([parts[n] for _, parts in scored]) for n in scored[0][1]}
+    scores, parts = zip(*[reward(policy.decode(latents[part]), prompts[part]) for part in slices])
+    return torch.cat(scores), {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-class Evaluation:
-    """Images of fixed prompts from fixed noise by the ODE, as at inference: their rewards, and some as pictures."""
+def reward_metrics(rewards, parts, group_size, zero_std_groups):
+    """Metrics of the rollout's rewards (N,) and of their parts {name: (N,)}, over all processes.
 
-    def __init__(self, args, policy, reward, eval_reward):
-        prompts = read_prompts(args.eval_prompts or args.prompts)[:MAX_EVAL_PROMPTS]
-        self.args, self.policy, self.reward, self.eval_reward = args, policy, reward, eval_reward
-        self.text = [rows.cpu() for rows in policy.encode(prompts)]
-        self.prompts = [prompt for prompt in prompts for _ in range(args.eval_seeds)]
-        if len(self.prompts) < PROCESSES:
-            raise StopRun(f"less than one picture a process to evaluate: {len(self.prompts)}; raise --eval-seeds")
-
-    @torch.no_grad()
-    def __call__(self, iteration, progress):
-        """Returns the metrics of an evaluation, and writes samples/<iteration>.png and samples/compare.png."""
-        args, policy, count, evals = self.args, self.policy, len(self.prompts), self.policy.velocity_evals
-        text, sigmas = [rows.to(policy.device) for rows in self.text], policy.sigmas(args.eval_steps)
-        noise = policy.noise(count, 1, generator(0, "evaluation", 0)).split(policy.micro_batch)
-        owner = share(torch.arange(count) // args.eval_seeds).split(policy.micro_batch)
-        hybrid, latents = getattr(args, "eval_hybrid", 1.0), []
-        with policy.averaged():
-            for mb_noise, mb_owner in progress(list(zip(noise, owner)), "evaluation"):
-                latents.append(ode_sample(policy, mb_noise, text, mb_owner, sigmas, hybrid))
-        policy.velocity_evals = evals  # evaluation is not part of the cost
-        images, prompts = torch.cat([policy.decode(x).cpu() for x in latents]), share(self.prompts)
-        scores, parts = self.reward(images, prompts)
-        if self.eval_reward:
-            parts = parts | self.eval_reward(images, prompts)[1]
-        images, scores, parts = gather(images), gather(scores), {name: gather(part) for name, part in parts.items()}
-        if iteration == 0:
-            print(*self.reward.self_check(images, self.prompts, parts), sep="\n")
-        shown = list(range(0, count, args.eval_seeds))[:16]  # the first prompts, whatever came out
-        captions = [f"{scores[n]:.2f}  {self.prompts[n]}" for n in shown]
-        save_pictures(images[shown], captions, Path(args.output, "samples"), iteration)
-        return {"eval_reward": scores.mean().item()} | {f"eval/{name}": x.mean().item() for name, x in parts.items()}
+    reward_std/<name>: std within a group, averaged over groups: how much a part of a sum moves the advantage.
+    """
+    rewards, shares = gather(rewards), gather_object([zero_std_groups])
+    metrics = {"images": len(rewards)}
+    metrics |= {"reward_mean": rewards.mean().item(), "reward_std": rewards.std().item()}
+    for name, scores in parts.items():
+        metrics[f"reward/{name}"] = gather(scores).mean().item()
+        spread = scores.view(-1, group_size).std(-1, correction=0)
+        metrics[f"reward_std/{name}"] = gather(spread).mean().item()
+    return metrics | {"zero_std_groups": sum(shares) / len(shares)}
 
 
 def save_pictures(images, captions, folder, iteration, size=192, columns=4):
-    """Save images (B, 3, H, W) in [0, 1] as a grid, and the first grid beside this one, as compare.png."""
+    """Save images (B, 3, H, W) in [0, 1] as a grid, and the first grid beside this one as compare.png."""
     from diffusers.image_processor import VaeImageProcessor
     from diffusers.utils import make_image_grid
     from PIL import Image, ImageDraw, ImageOps
 
-    images = adaptive_avg_pool2d(images.clamp(0, 1), size)  # small ones are enlarged without blur, pixel by pixel
-    tiles = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(pad(images, (4, 4, 4, 52), value=1.0)))
+    images = adaptive_avg_pool2d(images.clamp(0, 1), size)  # enlarges small ones without blur
+    images = VaeImageProcessor.pt_to_numpy(pad(images, (4, 4, 4, 52), value=1.0))
+    tiles = VaeImageProcessor.numpy_to_pil(images)
     for tile, caption in zip(tiles, captions):
-        ImageDraw.Draw(tile).text((4, size + 6), "\n".join(textwrap.wrap(caption, 30)[:3]), "black", font_size=13)
+        text = "\n".join(textwrap.wrap(caption, 30)[:3])
+        ImageDraw.Draw(tile).text((4, size + 6), text, "black", font_size=13)
     tiles += [Image.new("RGB", tiles[0].size, "white")] * (-len(tiles) % columns)
     make_image_grid(tiles, len(tiles) // columns, columns).save(folder / f"{iteration}.png")
     first = min(folder.glob("[0-9]*.png"), key=lambda path: int(path.stem))
@@ -731,478 +737,455 @@ def save_pictures(images, captions, folder, iteration, size=192, columns=4):
     make_image_grid(both, rows=1, cols=2).save(folder / "compare.png")
 
 
-def plot(charts, x_label, path):
-    """Save {title: {label: [(x, y), ...]}} as line charts, one below the other."""
+def plot_progress(lines, path):
+    """Save the rewards of rollout and evaluation over iterations as a chart."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 2.5 * len(charts)), layout="constrained")
-    for axes, (title, lines) in zip(figure.subplots(len(charts), squeeze=False)[:, 0], charts.items()):
-        for label, points in lines.items():
-            axes.plot(*zip(*points), marker=".", label=label)
-        axes.set(title=title, xlabel=x_label)
-        if len(lines) > 1:
-            axes.legend()
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axes = figure.subplots()
+    for key, label in {"reward_mean": "rollout (SDE)", "eval_reward": "evaluation (ODE)"}.items():
+        points = {line["iteration"]: line[key] for line in lines if key in line}
+        axes.plot(points.keys(), points.values(), ".-", label=label)
+    axes.set(title="reward", xlabel="iteration")
+    axes.legend()
     figure.savefig(path)
-    del figure, axes
-    gc.collect()  # a figure is a circle of references, which would stay for long
 
 
-@contextmanager
-def aside(folder):
-    """A folder for files that are to be written whole or not at all: at the end they take their place in `folder`."""
-    place = Path(folder, "save.tmp")
-    shutil.rmtree(place, ignore_errors=True)  # left by a process that was killed
-    try:
-        place.mkdir()
-        yield place
-        for file in list(place.rglob("*.*")):
-            with open(file) as written:
-                os.fsync(written)
-            (folder / file.relative_to(place)).parent.mkdir(exist_ok=True)
-            os.replace(file, folder / file.relative_to(place))
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
-
-
-def save_checkpoint(folder, policy, optimizer, counters, lines):
-    """checkpoint.pt and lora/, so that a crash never leaves half a file."""
-    ema, buffer = policy.ema.state_dict() if policy.ema else None, io.BytesIO()
-    state = {"lora": policy.lora(), "optimizer": optimizer.state_dict(), "ema": ema}
-    with aside(folder) as place:
-        torch.save(state | {"counters": counters, "lines": lines}, buffer)
-        (place / "checkpoint.pt").write_bytes(buffer.getbuffer())  # which tells of a full disk as the system does
-        with policy.averaged():
-            policy.save_lora(place / "lora")
-
-
-def load_checkpoint(path, policy, optimizer):
-    """Put back what save_checkpoint kept; returns counters and lines. StopRun: the file is cut, or another model's."""
-    from peft import set_peft_model_state_dict
-
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if {k: v.shape for k, v in state["lora"].items()} != {k: v.shape for k, v in policy.lora().items()}:
-            raise ValueError("its adapter is another model's")
-        set_peft_model_state_dict(policy.transformer, state["lora"])
-        optimizer.load_state_dict(state["optimizer"])
-        if policy.ema:
-            policy.ema.load_state_dict(state["ema"])
-            policy.ema.to(policy.device)
-        return state["counters"], state["lines"]
-    except Exception as error:  # what a cut or foreign file raises is of many kinds
-        raise StopRun(f"{path} cannot be resumed from ({brief(error)}); start a new run")
-
-
-class Log:
-    """What each iteration was: metrics.jsonl, terminal, wandb, samples/progress.png, steps.png. lines: those before."""
-
-    def __init__(self, args, lines):
-        config, self.folder, self.lines, self.wandb = run_config(args), Path(args.output), lines, None
-        with aside(self.folder) as place:
-            (place / "config.json").write_text(json.dumps(config, indent=1), "utf-8")
-            (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
-        if args.wandb:
-            import wandb
-
-            self.wandb = wandb.init(project=args.wandb, name=self.folder.name, config=config)
-        self.header = "iteration    reward evaluated   clipped  gradient\n"  # goes before the first row
-
-    def write(self, metrics):
-        """One more iteration. What is not finite is null: JSON has no word for it."""
-        metrics = json.loads(json.dumps(metrics), parse_constant=lambda _: None)
-        self.lines.append(metrics)
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
-        if self.wandb:
-            self.wandb.log(metrics, step=metrics["iteration"])
-        clipped = metrics["clip_low"] + metrics["clip_high"] if metrics["iteration"] else None
-        row = metrics.get("reward_mean"), metrics.get("eval_reward"), clipped, metrics.get("grad_norm")
-        cells = ["" if value is None else f"{value:.4g}" for value in row]
-        tqdm.write(f"{self.header}{metrics['iteration']:9d}" + "".join(f"{cell:>10}" for cell in cells))
-        self.header = ""
-        if "eval_reward" in metrics:
-            names = {"reward_mean": "rollout (SDE)", "eval_reward": "evaluation (ODE)"}
-            curves = {names[key]: [(m["iteration"], m[key]) for m in self.lines if key in m] for key in names}
-            plot({"reward": curves}, "iteration", self.folder / "samples" / "progress.png")
-            by_step = {name: {"": list(enumerate(row))} for name, row in metrics.items() if name.endswith("_by_step")}
-            if by_step:
-                plot(by_step, "random step", self.folder / "samples" / "steps.png")
+def write(path, data):
+    """Write bytes to a file so that after a crash the old file or the new one is there, whole."""
+    with open(f"{path}.tmp", "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
 
 
 class Run:
-    """A run and its folder, in a `with` statement: what the loop of a script calls around the algorithm.
+    """A run and its folder: what a script does beside the algorithm. The first process writes and prints.
 
-    It evaluates, logs and saves when it is time to, and measures the phases. At a signal or an error it ends in order:
-    what is saved then is the last complete iteration; amid updates, the checkpoint before it stands.
+    With --resume it puts back weights, optimizer and counters of the last checkpoint. iteration: the last
+    complete one, None before the evaluation of the base model. stored: how many latents a rollout keeps;
+    states: how many an update trains on.
     """
 
-    def __init__(self, args, policy, optimizer, reward, eval_reward):
+    def __init__(self, args, policy, optimizer, reward, eval_reward, stored, states):
         self.args, self.policy, self.optimizer, self.folder = args, policy, optimizer, Path(args.output)
-        self.evaluate = Evaluation(args, policy, reward, eval_reward)
-        # of iteration 0 nothing is done yet, not even the evaluation of the base model
-        self.counters = {"iteration": -1, "images": 0, "velocity_evals": 0, "skipped_updates": 0, "skipped_in_a_row": 0}
-        self.complete = True  # whether weights and counters are those after an iteration: not amid updates
-        self.signal, self.hopeless, self.measured = 0, False, {}
-
-    def __enter__(self):
-        args, lines, checkpoint = self.args, [], Path(self.args.resume or self.folder, "checkpoint.pt")
-        try:
+        self.reward, self.eval_reward, self.prompts = reward, eval_reward, read_prompts(args.prompts)
+        self.iteration, self.images, self.best, self.lines = None, 0, None, []
+        self.texts, self.measured, self.current = {}, {}, ("", 0.0)
+        self.header = "iteration    reward evaluated   clipped  gradient\n"
+        policy.print_cut_prompts(self.prompts)
+        if args.resume and (self.folder / "checkpoint.pt").exists():
+            self.load()
+        self.eval_prompts = read_prompts(args.eval_prompts)[:64]
+        (self.eval_text,) = policy.encode(self.eval_prompts)
+        text = self.text((self.iteration or 0) + 1)[1] if self.iteration != args.iterations else None
+        if args.micro_batch == 0 and text:
+            adamw = 2 * sum(parameter.nbytes for parameter in policy.parameters)
+            policy.fit_micro_batch(text, 4 * math.prod(policy.shape) * stored + adamw, states)
+            args.micro_batch = policy.micro_batch
+            args.gradient_checkpointing = policy.transformer.is_gradient_checkpointing
+        if args.compile and text:
+            policy.compile(text)
+        print(f"{policy.micro_batch} latents at a time")
+        if PartialState().is_main_process:
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.folder / ".lock", "w")
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:  # the lock is another's, or the folder read-only
-            raise StopRun(f"another process runs in {self.folder}, or it cannot be written ({error.strerror}); wait")
-        if checkpoint.exists():
-            self.counters, lines = load_checkpoint(checkpoint, self.policy, self.optimizer)
-            self.policy.velocity_evals = self.counters["velocity_evals"] if RANK == 0 else 0
-            done = self.counters["iteration"]
-            if args.iterations < done:
-                raise StopRun(f"--iterations {args.iterations} is less than the {done} that {args.resume} has done")
-            if done < args.iterations and done % args.eval_every:  # evaluated as the last one, which it is no more
-                lines[-1] = {name: value for name, value in lines[-1].items() if not name.startswith("eval")}
-        self.log_file = Log(args, lines)
-        self.handlers = {n: signal.signal(n, self.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
+            write(self.folder / "config.json", json.dumps(run_config(args), indent=1).encode())
+            lines = "".join(json.dumps(line) + "\n" for line in self.lines)
+            write(self.folder / "metrics.jsonl", lines.encode())
 
-    def __exit__(self, *error):
-        try:  # before the handlers go: torchrun ends every process where one has ended
-            if self.complete and self.counters["iteration"] > 0:
-                self.save()
-        finally:
-            for number, handler in self.handlers.items():
-                signal.signal(number, handler)
-            self.lock.close()
+    def remaining(self):
+        """The numbers of the iterations that are left to do."""
+        done, total = self.iteration, self.args.iterations
+        return progress(range(done + 1, total + 1), "iterations", initial=done, total=total, leave=True)
 
-    def on_signal(self, number, frame):
-        if self.signal:  # the second time: now
-            raise StopRun(f"stopped at once; go on with --resume {self.folder}", exit_status=128 + number)
-        self.signal = number
-        tqdm.write("stopping after this iteration; the same signal again stops at once", file=sys.stderr)
+    def text(self, iteration):
+        """This process's prompts of an iteration, and their text. Ten iterations are encoded in one go."""
+        if iteration not in self.texts:
+            count, seed = self.args.prompts_per_iteration, self.args.seed
+            ahead = range(iteration, min(iteration + 10, self.args.iterations + 1))
+            batches = [share(iteration_prompts(self.prompts, count, n, seed)) for n in ahead]
+            self.texts = dict(zip(ahead, zip(batches, self.policy.encode(*batches))))
+        prompts, text = self.texts[iteration]
+        return prompts, [rows.to(self.policy.device) for rows in text]
 
-    def save(self):
-        save_checkpoint(self.folder, self.policy, self.optimizer, self.counters, self.log_file.lines)
-
-    def iterations(self):
-        """The numbers of the iterations to run. Evaluates the base model first, saves when it is time to."""
-        if self.counters["iteration"] < 0:
-            self.finish({"iteration": 0})
-        first, last = self.counters["iteration"] + 1, self.args.iterations
-        for iteration in self.progress(range(first, last + 1), "iterations", initial=first - 1, total=last, leave=True):
-            if stop := max(everywhere(self.signal)):  # whichever process it was sent to
-                raise StopRun(f"stopped; go on with --resume {self.folder}", exit_status=128 + stop)
-            yield iteration
-            if self.hopeless:
-                hint = "lower --learning-rate or use another --dtype; what was trained is saved"
-                raise StopRun(f"loss or gradient were not finite in 5 updates in a row; {hint}", exit_status=1)
-            if iteration % self.args.save_every == 0:
-                self.save()
-        if stop := max(everywhere(self.signal)):
-            raise StopRun("stopped, after the last iteration", exit_status=128 + stop)
-        self.save()
-        print_ending(self.args, self.log_file.lines)
-
-    def progress(self, items, label, **options):
-        """A bar around an iterable, in a terminal."""
-        return tqdm(items, desc=label, **{"leave": False, "disable": None} | options)
-
-    @contextmanager
     def phase(self, name):
-        """Measure a phase: its time, for the metrics as <name>_s, and on CUDA its peak memory."""
-        cuda, start = self.policy.device.type == "cuda", time.perf_counter()
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(self.policy.device)
-        yield
-        if cuda:
-            torch.cuda.synchronize(self.policy.device)
-            self.measured[f"peak_memory_gb/{name}"] = round(
-                torch.cuda.max_memory_allocated(self.policy.device) / 1e9, 3
-            )
-        self.measured[f"{name}_s"] = round(time.perf_counter() - start, 3)
+        """End the phase before, logged as <phase>_s, and begin one."""
+        if self.policy.device.type == "cuda":
+            torch.cuda.synchronize()
+        before, start = self.current
+        self.measured[f"{before}_s"] = round(time.perf_counter() - start, 3)
+        self.current = name, time.perf_counter()
 
-    def can_step(self, grad_norm):
-        """Whether an update may be made. One whose gradient is not finite (nor is its loss) is left out and counted."""
-        self.complete, finite = False, math.isfinite(grad_norm)
-        self.counters["skipped_updates"] += not finite
-        self.counters["skipped_in_a_row"] = 0 if finite else self.counters["skipped_in_a_row"] + 1
-        self.hopeless |= self.counters["skipped_in_a_row"] >= 5
-        return finite
+    @torch.no_grad()
+    def evaluate(self, iteration, tuned_share=1.0):
+        """Metrics of images of fixed prompts from fixed noise, by the ODE as at inference; not counted.
 
-    def log(self, iteration, rewards, parts, zero_std_groups, stats, **more):
-        """An iteration is complete. rewards: of its images; parts: {name: scores}; more: an algorithm's own metrics."""
-        rewards = gather(rewards)
-        self.counters["images"] += len(rewards)
-        metrics = {
-            "iteration": iteration,
-            "reward_mean": rewards.mean().item(),
-            "reward_std": rewards.std().item(),
-            **{f"reward/{name}": gather(scores).mean().item() for name, scores in parts.items()},
-            "zero_std_groups": sum(everywhere(zero_std_groups)) / PROCESSES,
-            **stats.metrics(self.args.clip_range),
-            **more,
-        }
-        if iteration == 1 and not metrics["ratio_first_error"] < 0.1 * self.args.clip_range:  # also tells of nan
-            wrong = f"the ratio is off 1 by {metrics['ratio_first_error']:.1e} before any update"
-            causes = "--compile, --dtype float16, dropout, an attention kernel that is not deterministic"
-            warn(f"{wrong}: rollout and training disagree, every ratio is wrong by as much; likely causes: {causes}")
-        self.finish(metrics)
+        Writes samples/<iteration>.png and samples/compare.png. tuned_share: as in ode_sample.
+        """
+        self.phase("eval")
+        args, policy, evals = self.args, self.policy, self.policy.velocity_evals
+        prompts = [prompt for prompt in self.eval_prompts for _ in range(args.eval_seeds)]
+        noise = policy.noise(len(prompts), 1, generator(0, "evaluation", 0))
+        index = share(torch.arange(len(prompts), device=policy.device) // args.eval_seeds)
+        text = [rows.to(policy.device) for rows in self.eval_text]
+        sigmas, latents = policy.sigmas(args.eval_steps), []
+        with policy.averaged():
+            for x, rows in policy.micro_batches(noise, index):
+                latents.append(ode_sample(policy, x, text, rows, sigmas, tuned_share))
+        latents, policy.velocity_evals = torch.cat(latents), evals
+        scores, parts = score(policy, self.reward, latents, share(prompts))
+        if self.eval_reward:
+            parts |= score(policy, self.eval_reward, latents, share(prompts))[1]
+        scores, latents = gather(scores), gather(latents)
+        parts = {name: gather(values) for name, values in parts.items()}
+        if PartialState().is_main_process:
+            if iteration == 0:
+                print(*self.reward.self_check(prompts, parts, args.resolution), sep="\n")
+            shown = list(range(0, len(prompts), args.eval_seeds))[:16]  # of the first prompts, good or bad
+            images = policy.decode(latents[shown].to(policy.device)).cpu()
+            captions = [f"{scores[n]:.2f}  {prompts[n]}" for n in shown]
+            save_pictures(images, captions, self.folder / "samples", iteration)
+        metrics = {f"eval/{name}": values.mean().item() for name, values in parts.items()}
+        return {"eval_reward": scores.mean().item()} | metrics
 
-    def finish(self, metrics):
-        """Evaluate if it is time to; then write the line, and the iteration is done."""
-        iteration, args = metrics["iteration"], self.args
-        self.counters |= {"iteration": iteration, "velocity_evals": sum(everywhere(self.policy.velocity_evals))}
-        if iteration:
-            metrics |= {name: self.counters[name] for name in ("images", "velocity_evals", "skipped_updates")}
+    def save(self, iteration, metrics):
+        """An iteration is complete: its line of metrics.jsonl, its adapter if evaluated, then the checkpoint.
+
+        In this order: after a crash the lines behind the checkpoint can be dropped, and none is missing.
+        """
+        self.phase("")
+        evals = sum(gather_object([self.policy.velocity_evals]))
+        self.measured.pop("_s")
+        if self.policy.device.type == "cuda":
+            self.measured["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
+            torch.cuda.reset_peak_memory_stats()
+        self.images += metrics.get("images", 0)
+        metrics |= self.measured | {"images": self.images, "velocity_evals": evals}
+        self.measured, self.iteration = {}, iteration
+        if not PartialState().is_main_process:
+            return
+        self.lines.append(json.loads(json.dumps(metrics), parse_constant=lambda _: None))  # nan is not JSON
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(self.lines[-1]) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        if iteration and "eval_reward" in metrics:
+            with self.policy.averaged():
+                self.policy.save_lora(self.folder / "lora")
+                if self.best is None or metrics["eval_reward"] > self.best[0]:
+                    self.best = [metrics["eval_reward"], iteration]
+                    self.policy.save_lora(self.folder / "lora_best")
+        if iteration % self.args.save_every == 0 or iteration == self.args.iterations:
+            state = {"iteration": iteration, "images": self.images, "velocity_evals": evals}
+            state |= {"best": self.best, "lora": self.policy.lora(), "optimizer": self.optimizer.state_dict()}
+            state |= {"ema": self.policy.ema and self.policy.ema.state_dict()}
+            torch.save(state, buffer := io.BytesIO())  # to a file, a full disk would not be an OSError
+            write(self.folder / "checkpoint.pt", buffer.getbuffer())
+
+    def load(self):
+        """Put back what save kept. Settings that are overridden beside --resume stay as given."""
+        from peft import set_peft_model_state_dict
+
+        policy, path = self.policy, self.folder / "checkpoint.pt"
         try:
-            if iteration % args.eval_every == 0 or iteration == args.iterations:
-                with self.phase("eval"):
-                    metrics |= self.evaluate(iteration, self.progress)
-            measured = everywhere(self.measured)  # the slowest process counts, and the one that takes most memory
-            self.measured = {name: max(one[name] for one in measured) for name in self.measured}
-        finally:  # where an evaluation fails, what was trained is kept all the same
-            metrics |= self.measured
-            if peaks := [value for name, value in self.measured.items() if name.startswith("peak_memory_gb/")]:
-                metrics["peak_memory_gb"] = max(peaks)
-            self.measured = {}
-            self.log_file.write(metrics)
-            self.complete = True
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file raises errors of many kinds
+            require(False, f"{path} cannot be read: {one_line(error)}; start a new run")
+        self.iteration, self.images, self.best = state["iteration"], state["images"], state["best"]
+        done, asked = self.iteration, self.args.iterations
+        require(asked >= done, f"{done} iterations are done, so --iterations {asked} cannot be")
+        policy.velocity_evals = state["velocity_evals"] if PartialState().is_main_process else 0
+        set_peft_model_state_dict(policy.transformer, state["lora"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:  # which has the old one now
+            group["lr"] = self.args.learning_rate
+        if policy.ema and state["ema"]:
+            policy.ema.load_state_dict(state["ema"] | {"decay": self.args.ema_decay})
+            policy.ema.to(policy.device)
+        elif policy.ema:  # a new average, of the weights as they are now
+            policy.ema.shadow_params = [parameter.detach().clone() for parameter in policy.parameters]
+        lines = (self.folder / "metrics.jsonl").read_text("utf-8", errors="replace").splitlines()
+        self.lines = [json.loads(line) for line in lines[: self.iteration + 1]]
+
+    def log(self, iteration, metrics):
+        """Show a saved iteration: in the terminal, at evaluations in samples/progress.png, on wandb."""
+        if not PartialState().is_main_process:
+            return
+        off = metrics.get("ratio_first_error") or 0.0
+        if iteration == 1 and not off < 0.1 * self.args.clip_range:
+            print(f"warning: before any update the ratio differs from 1 by {off:.1e}, and later ratios by as")
+            print("much: rollout and training disagree. Try --no-compile and another --dtype.")
+        clipped = metrics["clip_low"] + metrics["clip_high"] if iteration else None
+        row = metrics.get("reward_mean"), metrics.get("eval_reward"), clipped, metrics.get("grad_norm")
+        cells = "".join(f"{'' if value is None else format(value, '.4g'):>10}" for value in row)
+        tqdm.write(f"{self.header}{iteration:9d}{cells}")
+        self.header = ""
+        if "eval_reward" in metrics:
+            plot_progress(self.lines, self.folder / "samples" / "progress.png")
+        if self.args.wandb:
+            sys.modules["wandb"].log(self.lines[-1], step=iteration)
+
+    def summary(self):
+        """Print what the run did and where to look: two lines."""
+        scores = [line["eval_reward"] for line in self.lines if "eval_reward" in line]
+        minutes = sum(line[name] for line in self.lines for name in line if name.endswith("_s")) / 60
+        if self.best:
+            best, at = self.best
+            print(f"eval_reward {scores[0]:.3f} -> {scores[-1]:.3f}, best {best:.3f} at {at};", end=" ")
+            print(f"{minutes:.1f} minutes, {self.lines[-1]['velocity_evals']:,} velocity evaluations")
+            print(*(self.folder / name for name in ("samples/compare.png", "lora", "lora_best")), sep="  ")
 
 
 def run_config(args):
-    """What config.json holds: every setting as used, versions, commit, command. A run that goes on keeps its own."""
-    git, commit = ["git", "-C", str(TINY), "rev-parse", "HEAD"], None
-    with suppress(OSError):  # no git here
+    """What config.json holds: script, every setting as used, versions, commit, command."""
+    try:
+        git = ["git", "-C", str(TINY.parents[1]), "rev-parse", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    config = {
-        "script": Path(sys.argv[0]).stem,
-        "settings": dataclasses.asdict(args) | {"resume": None},
-        "prompts_sha256": prompts_hashes(args),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "peft")},
-        "commit": commit,
-        "command": " ".join(sys.argv),
-    }
-    if args.resume:
-        before = json.loads(Path(args.resume, "config.json").read_text("utf-8"))
-        if before["versions"] != config["versions"]:
-            warn(f"this run began with {before['versions']}; its numbers may differ now")
-        config = before | {"settings": config["settings"], "resumed": [*before.get("resumed", []), config["command"]]}
-    return config
-
-
-def print_ending(args, lines):
-    """What a run did, where to look, and how to use its adapter: three lines."""
-    import diffusers
-
-    _, source, class_name = find_family(args.model)
-    config = getattr(diffusers, class_name).load_config(source)
-    absent = [f", {name}=None" for name, value in config.items() if isinstance(value, list) and value[0] is None]
-    dtype = f"dtype=torch.{args.dtype}"
-    load = f'diffusers.{class_name}.from_pretrained("{source}", {dtype}{"".join(absent)})'
-    looks = [line["eval_reward"] for line in lines if line.get("eval_reward") is not None]
-    minutes = sum(value for line in lines for name, value in line.items() if name.endswith("_s") and value) / 60
-    evals = lines[-1].get("velocity_evals", 0)
-    print(f"evaluation {looks[0]:.3f} -> {looks[-1]:.3f} in {minutes:.1f} minutes and {evals:,} velocity evaluations")
-    print(f"pictures before and after: {args.output}/samples/compare.png; adapter: {args.output}/lora")
-    print(f'import diffusers, torch; pipe = {load}; pipe.load_lora_weights("{args.output}/lora")')
+    except OSError:  # git is not installed
+        commit = None
+    versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
+    config = {"script": args.script, "settings": asdict(args) | {"resume": None}, "versions": versions}
+    wandb_id = sys.modules["wandb"].run.id if args.wandb else None
+    return config | {"commit": commit, "command": " ".join(sys.argv), "wandb_id": wandb_id}
 
 
 # ---------------------------------------------------------------- the command line
 
 
-def option(default, help, low=0, high=10**6, choices=None, group=None):
-    """A field of Args that is an option: a number from low to high, or one of the choices. group: begins a new one."""
-    told = {"help": help, "low": low, "high": high, "choices": choices, "group": group}
-    return dataclasses.field(default=default, metadata=told)
+@dataclass
+class Args:
+    """The settings that all scripts share; comments are help texts. None: depends on model and device."""
+
+    prompts: str | None = None  # text file with one prompt per line, or .jsonl; default: those of tiny
+    model: str | None = None  # repository or folder; default: SD3.5 Medium with --prompts on CUDA, else tiny
+    reward: str | None = None  # name, or a sum pickscore=0.7,ocr=0.3; default: pickscore, shapes for tiny
+    output: str | None = None  # run folder; default: runs/SCRIPT-MODEL-SEED-TIME
+    resume: str | None = None  # run folder to resume; options beside it override the settings of that run
+    seed: int = 0  # random seed for everything
+    device: str | None = None  # cuda or cpu; default: cuda if there is a GPU
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # frozen weights; default on CUDA: bfloat16
+    compile: bool = True  # compile the transformer's blocks, which takes a minute; default on a CPU: off
+    gradient_checkpointing: bool = False  # less memory in training for a third more time
+    micro_batch: int = 3  # M, latents per forward; 0 finds what fits on a GPU, and is the default there
+    lora_rank: int = 32  # LoRA rank
+    lora_alpha: float = 64.0  # LoRA alpha; the adapter is scaled by alpha / rank
+    eval_prompts: str | None = None  # file; default: held-out prompts of the tiny model, else --prompts
+    eval_every: int = 30  # iterations between evaluations
+    eval_steps: int = 40  # ODE steps of an evaluation
+    eval_seeds: int = 1  # images per prompt in an evaluation
+    eval_reward: str | None = None  # other rewards, logged as eval/<name> and never trained on
+    reward_offload: bool = False  # keep reward models on the CPU while they are not used
+    save_every: int = 1  # iterations between checkpoints
+    wandb: str | None = None  # project to log to as well; needs the package wandb
 
 
-class Parser(ArgumentParser):
-    def error(self, message):
-        raise StopRun(f"{message.removeprefix('argument ')}; see --help")
+NOISE_LEVELS = {"dance": 0.3, "cps": 0.8, "precise": 1.5}  # [DG], [CPS], [PR]; of flow: by model
 
 
-def read_command_line(args_class, defaults, argv):
-    """{name: value} of what is given, for a dataclass of `option`s."""
-    parser = group = Parser(allow_abbrev=False, argument_default=SUPPRESS)
-    for field in dataclasses.fields(args_class):
-        name, told, kind = field.name, field.metadata, (get_args(field.type) or (field.type,))[0]
-        group = parser.add_argument_group(told["group"]) if told["group"] else group
-        by_model = ", ".join(f"{values[name]} for {model}" for model, values in defaults.items() if name in values)
-        default = by_model or field.default
-        text = told["help"] + (f" (default: {default})" if default is not None and default is not False else "")
-        how = {"type": kind, "choices": told["choices"], "metavar": None if told["choices"] else kind.__name__.upper()}
-        how = {"action": "store_true"} if kind is bool else how
-        group.add_argument(f"--{name.replace('_', '-')}", help=text, **how)
-    given = vars(parser.parse_args(argv))
-    for field in dataclasses.fields(args_class):
-        value, low, high = given.get(field.name), field.metadata["low"], field.metadata["high"]
-        if isinstance(value, int | float) and not low <= value <= high:  # refuses nan as well
-            parser.error(f"--{field.name.replace('_', '-')} {value} is out of range {low} to {high}")
-    return given
+def parse_args(script, args_class, defaults, argv=None):
+    """The command line as an args_class, checked. Loads no model and writes nothing.
 
-
-def parse_args(args_class, defaults, argv=None):
-    """The command line as an instance of the dataclass args_class, checked; no model is loaded, nothing is written.
-
-    defaults: {"tiny": {...}, "sd3": {...}} for the settings that are None in args_class. With --resume the settings
-    are those of that run.
+    script: its name. defaults: {"tiny": {...}, "sd3": {...}}, what a model wants other than the defaults of
+    the class; with --resume the defaults are the settings of that run.
     """
-    given = read_command_line(args_class, defaults, argv)
-    args = resumed_args(args_class, given) if "resume" in given else args_class(**given)
-    cuda = torch.cuda.is_available()
-    if args.model is None:
-        args.model = "stabilityai/stable-diffusion-3.5-medium" if args.prompts and cuda else "tiny"
-        if args.prompts and not cuda:
-            print("no CUDA GPU here: training the bundled tiny model, which can draw a few coloured shapes and no more")
-    args.family, _, _ = find_family(args.model)
-    args.device = args.device or ("cuda" if cuda else "cpu")
+    import tyro
+
+    first = ArgumentParser(add_help=False, allow_abbrev=False)  # what chooses the other defaults
+    for name in ("model", "prompts", "resume", "sde", "device"):
+        first.add_argument(f"--{name}")
+    given, _ = first.parse_known_args(argv)
+    stored = resumed_settings(script, args_class, given.resume) if given.resume else {}
+    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = device.startswith("cuda")
+    default = "stabilityai/stable-diffusion-3.5-medium" if given.prompts and cuda else "tiny"
+    model = absolute(given.model or stored.get("model", default))
+    require(model != "tiny" or TINY.is_dir(), f"the tiny model is not there: copy {TINY}, or give --model")
+    family = "tiny" if model == "tiny" else FAMILIES[model_index(model)["_class_name"]].name
+    settings = {"dtype": "float32", "reward": "shapes"}
+    if family != "tiny":
+        settings = {"dtype": "bfloat16" if cuda else "float32", "reward": "pickscore"}
+    settings |= {"device": device, "compile": cuda and family != "tiny"} | defaults[family]
+    own = args_class(**settings)
+    if cuda and family != "tiny":
+        settings["micro_batch"] = 0
+    settings |= stored | {"model": model}
+    if given.sde and given.sde != stored.get("sde", own.sde):
+        settings["noise_level"] = NOISE_LEVELS.get(given.sde, own.noise_level)
+    args = tyro.cli(args_class, default=args_class(**settings), args=argv, prog=f"{script}.py")
+    args.script, args.model = script, model
+    args.micro_batch = args.micro_batch or (0 if args.device.startswith("cuda") else own.micro_batch)
+    for name in ("model", "seed", "lora_rank", "lora_alpha", "output") if stored else ():
+        same = getattr(args, name) == stored[name]
+        require(same, f"--resume cannot change --{name.replace('_', '-')}; start a new run")
+    require(args.prompts or family == "tiny", "a model other than tiny needs --prompts FILE")
+    args.eval_prompts = args.eval_prompts or args.prompts or "tiny/eval_prompts.txt"
+    args.prompts = args.prompts or "tiny/prompts.txt"
+    for name in ("prompts", "eval_prompts", "reward", "eval_reward"):
+        setattr(args, name, absolute(getattr(args, name)))
+    check_numbers(args)
+    read_prompts(args.prompts), read_prompts(args.eval_prompts)
+    now = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    folder = Path(args.output or f"runs/{script}-{Path(model).name}-{args.seed}-{now}").expanduser()
+    new = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    require(stored or new, f"--output {folder} already exists; give a new folder, or --resume {folder}")
+    args.output = str(folder)
     try:
-        take_gpu(args.device)
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:
-        raise StopRun(f"--device {args.device} cannot be used here ({brief(error)}); give another")
-    if args.prompts is None:
-        if args.family != "tiny":
-            raise StopRun("a model other than tiny needs prompts; give --prompts FILE, one prompt a line")
-        args.prompts = str(TINY / "prompts.txt")
-        args.eval_prompts = args.eval_prompts or str(TINY / "eval_prompts.txt")
-    prompts_hashes(args)  # which reads them
-    args.noise_level = args.noise_level or {"dance": 0.3, "cps": 0.8}.get(args.sde)  # [DG], [CPS]; flow: by model
-    if args.sde == "cps" and args.noise_level > 1:
-        raise StopRun(f"--noise-level {args.noise_level} is over 1, where the noise of --sde cps falls; give 0.8, say")
-    for name, value in defaults[args.family].items():
-        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
-    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") and args.family != "tiny" else "float32")
-    args.reward = args.reward or ("shapes" if args.family == "tiny" else "pickscore")
-    if args.wandb and not importlib.util.find_spec("wandb"):
-        raise StopRun("--wandb needs a package that is not installed; pip install wandb")
-    script, model, now = Path(sys.argv[0]).stem, Path(args.model).name, time.strftime("%Y%m%d-%H%M%S")
-    folder = Path(args.output or f"runs/{script}-{model}-{args.seed}-{now}")
-    if folder.exists() and not args.resume and (not folder.is_dir() or any(folder.iterdir())):
-        raise StopRun(f"--output {folder} is in the way; give a new folder, or go on with --resume {folder}")
-    if not os.access(next(path for path in (folder, *folder.absolute().parents) if path.exists()), os.W_OK | os.X_OK):
-        raise StopRun(f"--output {folder} cannot be written; give another folder")
-    args.output = str(folder)
+        require(False, f"--device {args.device} cannot be used: {one_line(error)}; try cpu")
+    join_processes(args.device)
+    if family == "tiny" and given.prompts and not given.model and not stored:
+        print("No CUDA GPU here: training the tiny model, which can only draw a few coloured shapes.")
+    if args.wandb and PartialState().is_main_process:
+        start_wandb(args)
     return args
 
 
-def resumed_args(args_class, given):
-    """The settings of the run in given["resume"]; only --iterations, --save-every and --wandb may stand beside it."""
-    folder, script = given.pop("resume"), Path(sys.argv[0]).stem
-    if others := sorted(given.keys() - {"iterations", "save_every", "wandb"}):
-        raise StopRun(
-            f"--{others[0].replace('_', '-')} cannot stand beside --resume, which takes all settings from there"
-        )
+def require(condition, message):
+    """Bad input ends a script with one line."""
+    if not condition:
+        raise SystemExit(f"error: {message}")
+
+
+def absolute(spec):
+    """A path or reward spec with absolute paths of the user's files, so that resume works from anywhere."""
+
+    def replace(match):
+        path = Path(match[0]).expanduser()
+        return str(path.absolute()) if re.search(r"[/.~]", match[0]) and path.exists() else match[0]
+
+    return spec and re.sub(r"[^,:=]+", replace, spec)
+
+
+def resumed_settings(script, args_class, folder):
+    """The settings of the run in a folder. SystemExit: it is not a run of this script as it is now."""
+    folder = Path(folder).expanduser()
     try:
-        config = json.loads(Path(folder, "config.json").read_text("utf-8"))
-        if config["script"] != script:
-            raise ValueError(f"a run of {config['script']}.py")
-        if config["settings"].keys() != args_class.__dataclass_fields__.keys() or not dict(config["versions"]):
-            raise ValueError(f"of another version of {script}.py, commit {config.get('commit')}")
-        args = args_class(**config["settings"] | given | {"resume": folder, "output": folder})
-        if prompts_hashes(args) != config["prompts_sha256"]:
-            raise ValueError("the files of --prompts or --eval-prompts have changed since it began")
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        owner, settings = config["script"], config["settings"]
+        differ = sorted(settings.keys() ^ args_class.__dataclass_fields__.keys())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StopRun(f"--resume {folder} is no run that {script}.py can go on with ({brief(error)}); start a new one")
-    return args
+        require(False, f"--resume {folder} is not a run folder: {one_line(error)}")
+    require(owner == script, f"--resume {folder} is a run of {owner}.py; start a new run")
+    require(not differ, f"--resume {folder} has other settings: {', '.join(differ)}; start a new run")
+    return settings | {"resume": str(folder), "output": str(folder)}
 
 
-def read_prompts(path):
-    """Prompts of a UTF-8 text file, one a line; blank lines and lines that start with # are skipped."""
+def check_numbers(args):
+    """SystemExit for numbers that would train nonsense without a word."""
+    shares = {"ema_decay", "clip_range", "chunk_fraction", "eval_hybrid"}
+    shares |= {"noise_level"} if args.sde == "cps" else set()
+    for name, value in asdict(args).items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            lowest = 0 if name in ("seed", "kl_coef", "ema_decay", "guidance", "micro_batch") else 1e-30
+            highest = 1 if name in shares else 2**31
+            fits = lowest <= value <= highest  # false for nan
+            require(fits, f"--{name.replace('_', '-')} {value} must be over 0 and at most {highest}")
+    require(args.steps > 1, "--steps must be at least 2, as the last step is never random")
+
+
+def start_wandb(args):
+    """Start logging to wandb; with --resume, to the same wandb run again."""
     try:
-        text = Path(path).read_text("utf-8-sig")
-        if "\0" in text:
-            raise ValueError("it has a NUL character")
-    except (OSError, ValueError) as error:
-        raise StopRun(f"prompts file {path} cannot be read or is not UTF-8 text ({brief(error)}); give a text file")
-    prompts = [prompt for line in text.split("\n") if (prompt := line.strip()) and not prompt.startswith("#")]
-    if not prompts:
-        raise StopRun(f"prompts file {path} has no prompts; write one a line")
+        import wandb
+
+        config = Path(args.output, "config.json")
+        run_id = json.loads(config.read_text("utf-8"))["wandb_id"] if args.resume else None
+        options = {"name": config.parent.name, "config": asdict(args), "id": run_id, "resume": "allow"}
+        wandb.init(project=args.wandb, **options)
+    except Exception as error:  # not installed, not logged in, no network
+        require(False, f"--wandb: {one_line(error)}; pip install wandb; wandb login")
+
+
+@cache
+def read_prompts(path):
+    """Prompts of a UTF-8 file: one per line, or the field `prompt` of each line of a .jsonl.
+
+    Blank lines and lines that start with # are skipped. tiny/...: a file of the tiny model. Read once: a pipe
+    works.
+    """
+    path = TINY / path[5:] if path.startswith("tiny/") else Path(path)
+    try:
+        lines = [line.strip() for line in path.read_text("utf-8-sig").split("\n")]
+        prompts = [line for line in lines if line and not line.startswith("#")]
+        if path.suffix == ".jsonl":
+            prompts = [json.loads(line)["prompt"].strip() for line in prompts]
+        valid = prompts and all(prompts) and "\0" not in "".join(prompts)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        require(False, f"prompts file {path} cannot be read: {one_line(error)}; give UTF-8 text or .jsonl")
+    require(valid, f"prompts file {path} has no prompts, an empty one or a NUL; write one prompt per line")
     return prompts
-
-
-def prompts_hashes(args):
-    paths = [path for path in (args.prompts, args.eval_prompts) if path]
-    return [hashlib.sha256("\n".join(read_prompts(path)).encode()).hexdigest() for path in paths]
 
 
 def parse_sde_steps(args):
     """--sde-steps: the steps that may be random, and how many of them an iteration takes.
 
-    "early" is the first half of --steps, "0,1,2" are those three, "3" is three drawn in each iteration, "3," is step 3.
+    "early" is the first half of --steps, "0,1,2" are those three, "3" draws three in each iteration, "3," is
+    step 3.
     """
-    spec, every = args.sde_steps, list(range(args.steps - 1))
-    if spec == "early":
-        every, spec = every[: args.steps // 2], "all"
-    with suppress(ValueError):  # of what is no number
-        steps = [int(part) for part in spec.rstrip(",").split(",")] if "," in spec else every
-        count = len(steps) if "," in spec or spec == "all" else int(spec)
-        if steps == sorted({*steps} & {*every}) and 1 <= count <= len(steps):
-            return steps, count
-    raise StopRun(
-        f"--sde-steps {spec} is neither all, early, a rising list within 0 to {every[-1]}, nor how many to draw"
+    spec, last = args.sde_steps, args.steps - 2
+    steps = list(range(args.steps // 2 if spec == "early" else last + 1))
+    if "," in spec and re.fullmatch(r"[\d,]+", spec):
+        steps = [int(step) for step in spec.split(",") if step]
+    count = int(spec) if spec.isdecimal() else len(steps)
+    known = spec in ("all", "early") or re.fullmatch(r"[\d,]+", spec)
+    fits = known and steps == sorted({*steps} & {*range(last + 1)}) and 1 <= count <= len(steps)
+    allowed = f"all, early, a rising list within 0 to {last}, or how many to draw"
+    require(fits, f"--sde-steps {spec} must be {allowed}")
+    return steps, count
+
+
+def out_of_memory(error):
+    return (
+        isinstance(error, MemoryError) or "out of memory" in str(error) or "DefaultCPUAllocator" in str(error)
     )
-
-
-def split_batch(args, each, group=None, branches=1, usual=8):
-    """How many trajectories are this process's: each ones a prompt, which must divide into updates and processes.
-
-    group: how many are compared with each other, warned of under `usual`. branches: of each trajectory.
-    """
-    P, U, group = args.prompts_per_iteration, args.updates_per_iteration, group or each
-    if P * each % U or (PROCESSES > 1 and P % (PROCESSES * U)):
-        numbers = f"{P} prompts x {each} = {P * each} trajectories in {U} updates on {PROCESSES} processes"
-        raise StopRun(f"{numbers} do not divide; change --prompts-per-iteration or --updates-per-iteration")
-    if P * each * branches > 10**6:
-        raise StopRun(f"{P * each * branches} trajectories an iteration are over 1,000,000; lower one of its factors")
-    if group < usual:
-        warn(f"groups of {group} give noisy advantages; {usual} or more are usual")
-    return P * each // PROCESSES
 
 
 def load_rewards(args, get_reward):
     """args.reward and args.eval_reward (or None), loaded, after checking that both can read every prompt."""
-    rewards = [
-        get_reward(spec, args.device, args.reward_offload) if spec else None for spec in (args.reward, args.eval_reward)
-    ]
+    specs = args.reward, args.eval_reward
+    rewards = [get_reward(spec, args.device, args.reward_offload) if spec else None for spec in specs]
     for reward in filter(None, rewards):
-        reward.check(read_prompts(args.prompts) + read_prompts(args.eval_prompts or args.prompts))
-        reward.load()
+        reward.load([*read_prompts(args.prompts), *read_prompts(args.eval_prompts)])
     return rewards
 
 
-def print_plan(args, count, sigmas, s, chosen, weight=None, branches=1):
-    """The batch arithmetic in a line, and a table of the steps. chosen: those that may be random; weight: (T - 1,)."""
-    P, U, count = args.prompts_per_iteration, args.updates_per_iteration, count * PROCESSES
-    each, part, weight = count // P, count // U, torch.ones_like(s) if weight is None else weight
-    branching = f" with {branches} branches a step" if branches > 1 else ""
-    print(f"{args.iterations} iterations of {P} prompts x {each} = {count} trajectories{branching};")
-    print(f"{U} updates of {part} trajectories; {args.micro_batch} latents at a time", flush=True)
+def split_batch(args, each, group):
+    """How many trajectories this process samples, `each` per prompt. group: how many images are compared."""
+    P, U, processes = args.prompts_per_iteration, args.updates_per_iteration, PartialState().num_processes
+    require(group > 1, "a group of one image has no advantage; compare at least two")
+    divides = P * each % U == 0 and (processes == 1 or P % (processes * U) == 0)
+    numbers = f"{P} prompts x {each} = {P * each} trajectories into {U} updates on {processes} processes"
+    hint = "change --prompts-per-iteration or --updates-per-iteration"
+    require(divides, f"cannot divide {numbers}; {hint}")
+    if group < 6:
+        print(f"warning: in groups of {group} the advantage is noisy; use 8 or more if you can")
+    return P * each // processes
+
+
+def print_plan(args, sigmas, s, sde_steps, each, weight=None):
+    """Print the batch arithmetic and a table of the steps. each: trajectories per prompt; weight: (T - 1,)"""
+    P, U, weight = args.prompts_per_iteration, args.updates_per_iteration, s / s if weight is None else weight
+    print(f"{args.iterations} iterations of {P} prompts x {each} = {P * each} trajectories in {U} updates")
     print("step   sigma   Delta       s     std  weight")
     for n, delta in enumerate(-sigmas.diff()):
-        random = f"{s[n]:6.4f}  {s[n] * delta.sqrt():6.4f}  {weight[n]:6.4f}" if n in chosen else "ODE"
-        print(f"{n:4d}  {sigmas[n]:6.4f}  {delta:6.4f}  {random}", flush=True)
+        random = f"{s[n]:6.4f}  {s[n] * delta.sqrt():6.4f}  {weight[n]:6.4f}" if n in sde_steps else "ODE"
+        print(f"{n:4d}  {sigmas[n]:6.4f}  {delta:6.4f}  {random}")
 
 
-def run_script(main, args_class, defaults):
-    """Run a script's main; every end but a bug is one line on standard error and an exit status, no traceback."""
+def run_script(script, main, args_class, defaults):
+    """Run a script's main. Ctrl-C and running out of memory end in one line, a bug in a traceback."""
+    args = parse_args(script, args_class, defaults)
     try:
-        with quiet():
-            args = parse_args(args_class, defaults)
-            join_processes(args)
-            main(args)
-    except Exception as error:
-        message, status = str(error), getattr(error, "exit_status", 1)  # rewards' errors have one too
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in message:
-            message = "out of memory; lower --micro-batch, or set --gradient-checkpointing or --reward-offload"
-        elif isinstance(error, OSError | SafetensorError):  # the latter is safetensors' word for a full disk
-            message = f"{message}; the last checkpoint stands, see --resume"
-        elif not hasattr(error, "exit_status"):
-            raise
-        if RANK > 0 and status > 128:
-            sys.exit()  # the first tells it and may still be saving: torchrun ends it where another's status is not 0
-        if RANK > 0:
-            time.sleep(10)  # the first may find the same and tells it; torchrun then ends this one
-        print(("error: " if status < 128 else "") + " ".join(message.split()), file=sys.stderr)
-        sys.exit(status)
+        main(args)
+    except KeyboardInterrupt:
+        raise SystemExit(f"stopped; resume with: python {script}.py --resume {args.output}")
+    except (RuntimeError, MemoryError) as error:
+        if out_of_memory(error):
+            hint = "a smaller --micro-batch, --gradient-checkpointing or --reward-offload"
+            raise SystemExit(f"error: out of memory; resume with --resume {args.output} and {hint}")
+        raise
     finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        if PartialState().num_processes > 1:
+            PartialState().destroy_process_group()

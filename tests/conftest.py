@@ -42,24 +42,35 @@ def cli(script, *options, cwd=ROOT, **kwargs):
 
 
 def run_main(script, *options):
-    """Run a script in this process, as its command line does: returns the exit status."""
+    """Run a script in this process, as its command line does: returns None, or the message that it ended with."""
     module, argv = importlib.import_module(script), sys.argv
     sys.argv = [f"{script}.py", *map(str, options)]
     try:
-        common.run_script(module.main, module.Args, module.DEFAULTS)
+        common.read_prompts.cache_clear()
+        common.run_script(script, module.main, module.Args, module.DEFAULTS)
     except SystemExit as end:
-        return end.code or 0
+        return end.code or None
     finally:
         sys.argv = argv
-    return 0
 
 
 def here(script, *options):
     """Like cli, in this process, which saves the time of the imports."""
     out, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-        status = run_main(script, *options)
-    return SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=errors.getvalue())
+        message = run_main(script, *options)
+    return SimpleNamespace(
+        returncode=0 if message is None else 1,
+        stdout=out.getvalue(),
+        stderr=f"{errors.getvalue()}{message or ''}",
+    )
+
+
+def parse(script, *options):
+    """The settings that a command line means, with the script's defaults."""
+    module = importlib.import_module(script)
+    common.read_prompts.cache_clear()
+    return common.parse_args(script, module.Args, module.DEFAULTS, [str(option) for option in options])
 
 
 def metrics(folder, times=True):
@@ -91,11 +102,6 @@ def assert_same_run(one, other):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, name
 
 
-def errors(text):
-    """The lines on standard error that are not warnings: bad input must give one."""
-    return [line for line in text.splitlines() if not line.startswith("warning: ")]
-
-
 class DoublePolicy(common.Policy):
     """The policy in float64, so that a gradient can be compared to many digits."""
 
@@ -103,17 +109,19 @@ class DoublePolicy(common.Policy):
         super().__init__(*args, **kwargs)
         self.transformer.double()
 
-    def encode(self, prompts):
-        return [rows.double() for rows in super().encode(prompts)]
+        self.dtype = torch.float64
+
+    def encode(self, *batches):
+        return [[rows.double() for rows in text] for text in super().encode(*batches)]
 
 
 @pytest.fixture
 def record(monkeypatch, tmp_path):
     """A function that runs a script's main in this process and records what its loop did.
 
-    record(module, *options) -> namespace with args, folder, policy; rollouts, advantages, chunks: (arguments, result)
-    of each call of rollout, group_advantage and draw_chunks; updates: for each optimizer step the weights before it and
-    the gradients; images: the pictures of each grid.
+    record(module, *options) -> namespace with args, folder, policy; rollouts, advantages, chunks: (arguments,
+    result) of each call of rollout, group_advantage and draw_chunks; updates: for each optimizer step the
+    weights before it and the gradients; images: the pictures of each grid.
     """
 
     def run(module, *options, double=True):
@@ -150,11 +158,11 @@ def record(monkeypatch, tmp_path):
         monkeypatch.setattr(common, "Policy", make)
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py"])
         seen.folder = tmp_path / f"{module.__name__}{len(os.listdir(tmp_path))}"
-        monkeypatch.setattr(common, "plot", lambda *args: None)  # which takes as long as all else
+        monkeypatch.setattr(common, "plot_progress", lambda *args: None)  # which takes as long as all else
         prompts = tmp_path / "eval_prompts.txt"
         prompts.write_text("a red circle\ntwo blue squares\n")
         options = [*small(module.__name__), "--output", seen.folder, "--eval-prompts", prompts, *options]
-        seen.args = common.parse_args(module.Args, module.DEFAULTS, [str(option) for option in options])
+        seen.args = parse(module.__name__, *options)
         module.main(seen.args)
         seen.images = [args[0] for args, _ in grids]
         monkeypatch.undo()
@@ -181,8 +189,8 @@ def relative_error(got, want):
 
 @pytest.fixture
 def serve():
-    """serve(answer) starts a server on the loopback; answer(request) -> (status, text or bytes). Returns it, with .url,
-    .requests (bodies) and .most (the most requests at a time)."""
+    """serve(answer) starts a server on the loopback; answer(request) -> (status, text or bytes). Returns it,
+    with .url, .requests (bodies) and .most (the most requests at a time)."""
     servers = []
 
     def start(answer):
@@ -200,7 +208,9 @@ def serve():
                 with server.lock:
                     server.now -= 1
                 if isinstance(text, str):
-                    text = json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
+                    text = json.dumps(
+                        {"choices": [{"message": {"role": "assistant", "content": text}}]}
+                    ).encode()
                 self.reply(status, text)
 
             def reply(self, status, data):

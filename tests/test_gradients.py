@@ -1,59 +1,129 @@
 """The loops of the scripts, run for real in float64, against the algorithms written out naively."""
 
 import math
+from itertools import product
 
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributions import Normal
+
+import common
 import gcpo
 import grpo
 import tempflow_grpo
 from conftest import gradients, metrics, put_weights, relative_error
 
-import pytest
-import torch
-from torch.distributions import Normal
-
 OPTIONS = "--iterations 1 --updates-per-iteration 2 --learning-rate 3e-3 --clip-range 2e-4".split()
-CPS = ["--sde", "cps", "--noise-level", "0.8"]
+CPS, PRECISE = ["--sde", "cps", "--noise-level", "0.8"], ["--sde", "precise"]
+HALVES = ["--chunks", "1,3", "--chunk-fraction", "1"]
+EACH = {grpo: [], gcpo: HALVES, tempflow_grpo: []}
 
 
-def naive_velocity(policy, text, owner, x, sigma, n):
-    rows = [part[owner[n]][None] for part in text]
+def train_on(monkeypatch, function):
+    """Train on function (images, prompts) -> scores."""
+
+    def score(policy, reward, latents, prompts):
+        scores = function(policy.decode(latents), prompts)
+        return scores, {"shapes": scores}
+
+    monkeypatch.setattr(common, "score", score)
+
+
+def brightness(images, prompts=None):
+    return images.flatten(1).mean(1)
+
+
+def naive_velocity(policy, text, prompt_index, x, sigma, n):
+    rows = [part[prompt_index[n]][None] for part in text]
     return policy.family.predict(x[None], sigma.double()[None], rows, policy.guidance)[0]
 
 
 def naive_step(x, v, sigmas, s, step, sde):
     """Mean and std of one random step from x (C, H, W), straight from the papers' formulas."""
     sigma, sigma_next, scale = sigmas[step].double(), sigmas[step + 1].double(), s[step].double()
-    if sde == "cps":
-        std = sigma_next * math.sin(0.8 * math.pi / 2)
-        image, noise = x - sigma * v, x + (1 - sigma) * v
-        return (1 - sigma_next) * image + (sigma_next**2 - std**2).sqrt() * noise, std
     delta = sigma - sigma_next
+    if sde in ("cps", "precise"):
+        r = sigma_next * (1 - sigma) / (sigma * (1 - sigma_next))
+        std = sigma_next * (math.sin(0.8 * math.pi / 2) if sde == "cps" else (1 - r**2.25).sqrt())
+        assert abs(std - scale * delta.sqrt()) < 1e-6
+        # where all noise is renewed, rounding of s would show in the root
+        std = std if sde == "cps" else scale * delta.sqrt()
+        image, noise = x - sigma * v, x + (1 - sigma) * v
+        return (1 - sigma_next) * image + (sigma_next**2 - std**2).clamp(min=0).sqrt() * noise, std
     mean = x * (1 - scale**2 * delta / (2 * sigma)) - v * delta * (1 + scale**2 * (1 - sigma) / (2 * sigma))
     return mean, scale * delta.sqrt()
 
 
+def naive_gaussian(policy, rollout, k, n):
+    """Mean and std of the k-th random transition of image n, one forward."""
+    (_, text, prompt_index, _, sigmas, s, sde, chosen), (x, *_) = rollout
+    v = naive_velocity(policy, text, prompt_index, x[k, n], sigmas[chosen[k]], n)
+    return naive_step(x[k, n], v, sigmas, s, chosen[k], sde)
+
+
 def naive_logp(policy, rollout, k, n, branch=()):
-    """log-prob of the k-th random transition of image n (and of its branch), one forward."""
-    (_, text, owner, _, sigmas, s, sde, chosen, *_), (x, x_next, *_) = rollout
-    v = naive_velocity(policy, text, owner, x[k, n], sigmas[chosen[k]], n)
-    mean, std = naive_step(x[k, n], v, sigmas, s, chosen[k], sde)
-    return Normal(mean, std).log_prob(x_next[(k, n, *branch)]).mean()
+    mean, std = naive_gaussian(policy, rollout, k, n)
+    return Normal(mean, std).log_prob(rollout[1][1][(k, n, *branch)]).mean()
 
 
-def clipped(advantage, ratio, eps=2e-4):
-    return torch.maximum(-advantage * ratio, -advantage * torch.clamp(ratio, 1 - eps, 1 + eps))
+def naive_ratio(seen, k, n, branch=()):
+    old = seen.rollouts[0][1][2]
+    return torch.exp(naive_logp(seen.policy, seen.rollouts[0], k, n, branch) - old[(k, n, *branch)])
+
+
+def drawn_chunks(seen, n):
+    return {tuple(row.nonzero()[:, 0].tolist()) for row in seen.chunks[n][1] if row.any()}
+
+
+def terms(module, seen, part):
+    """(advantage, ratio, its share of the update's loss) for all ratios of some images.
+
+    One forward per transition. GCPO: all transitions of a chunk in one graph. TempFlow: one per branch.
+    """
+    (*_, sigmas, s, _, chosen), (_, _, old, _) = seen.rollouts[0]
+    advantage, K = seen.advantages[0][1][0].double(), len(old)
+    std = torch.stack([s[k] * (sigmas[k] - sigmas[k + 1]).sqrt() for k in chosen]).double()
+    for n in part:
+        if module is gcpo:
+            chunks = drawn_chunks(seen, n)
+            for chunk in chunks:
+                ratio = torch.stack([naive_ratio(seen, k, n) for k in chunk]).prod() ** (1 / len(chunk))
+                yield advantage.flatten()[n], ratio, 1 / len(chunks) / len(part)
+        elif module is grpo:
+            for k in range(K):
+                yield advantage.flatten()[n], naive_ratio(seen, k, n), 1 / K / len(part)
+        else:
+            for k, b in product(range(K), range(3)):
+                share = std[k] / std.mean() / (3 * K) / len(part)
+                yield advantage.view(K, -1, 3)[k, n, b], naive_ratio(seen, k, n, (b,)), share
+
+
+def naive_loss(module, seen, part, off=None):
+    """The loss of one update. off: a list that gets whether each ratio is outside the clip range."""
+    eps, total, off = seen.args.clip_range, 0.0, [] if off is None else off
+    for advantage, ratio, share in terms(module, seen, part):
+        off.append(abs(ratio.item() - 1) > eps)
+        surrogate = torch.maximum(-advantage * ratio, -advantage * torch.clamp(ratio, 1 - eps, 1 + eps))
+        total = total + share * surrogate
+    return total
 
 
 def updates(seen, images):
-    """(number of the update, its images, the gradient that the loop had), with the weights as they were then."""
+    """(number of the update, its images, the gradient that the loop had), with the weights of then."""
     for number, part in enumerate(torch.arange(images).view(2, -1).tolist()):
         weights, got = seen.updates[number]
         put_weights(seen.policy, weights)
         yield number, part, got
 
 
+def assert_gradient(seen, got, loss):
+    assert relative_error(got, gradients(seen.policy, loss)) < 1e-6
+
+
 @pytest.mark.parametrize(
-    "steps, chosen, sde", [("all", [0, 1, 2, 3], []), ("0,2", [0, 2], []), ("all", [0, 1, 2, 3], CPS)]
+    "steps, chosen, sde",
+    [("all", range(4), []), ("0,2", [0, 2], []), ("all", range(4), CPS), ("all", range(4), PRECISE)],
 )
 def test_grpo(record, steps, chosen, sde):
     seen = record(grpo, *OPTIONS, "--sde-steps", steps, *sde)
@@ -61,17 +131,13 @@ def test_grpo(record, steps, chosen, sde):
     advantage = seen.advantages[0][1][0].flatten().double()
     assert len(old) == len(chosen) == len(metrics(seen.folder)[1]["ratio_first_error_by_step"])
     for update, images, got in updates(seen, 8):
-        total = 0.0
-        for n in images:
-            for k in range(len(chosen)):
-                logp = naive_logp(seen.policy, seen.rollouts[0], k, n)
-                ratio = torch.exp(logp - old[k, n])
-                share_clipped.append(abs(ratio.item() - 1) > 2e-4)
-                # at ratio 1 the gradient is that of -A * logp
-                term = -advantage[n] * logp if update == 0 else clipped(advantage[n], ratio)
-                total = total + term / (4 * len(chosen))
-        assert relative_error(got, gradients(seen.policy, total)) < 1e-6
-    assert 0 < sum(share_clipped) < len(share_clipped) / 2  # clipping was at work for some of the second update
+        total = naive_loss(grpo, seen, images, share_clipped)
+        if update == 0:  # at ratio 1 the gradient is that of -A * logp
+            pairs = list(product(range(len(old)), images))
+            logp = [naive_logp(seen.policy, seen.rollouts[0], *pair) for pair in pairs]
+            total = -sum(advantage[n] * new for new, (_, n) in zip(logp, pairs)) / len(pairs)
+        assert_gradient(seen, got, total)
+    assert 0 < sum(share_clipped) < len(share_clipped) / 2  # clipping acted on some of the second update
 
 
 def test_grpo_in_float32_points_where_the_naive_gradient_in_float64_does(record):
@@ -82,115 +148,85 @@ def test_grpo_in_float32_points_where_the_naive_gradient_in_float64_does(record)
     advantage = seen.advantages[0][1][0].flatten().double()
     seen.policy.transformer.double()
     _, images, got = next(updates(seen, 8))
-    logp = torch.stack([naive_logp(seen.policy, rollout, k, n) * advantage[n] for n in images for k in range(4)])
-    assert relative_error([g.double() for g in got], gradients(seen.policy, -logp.mean())) < 1e-4
+    logp = [naive_logp(seen.policy, rollout, k, n) * advantage[n] for n in images for k in range(4)]
+    want = gradients(seen.policy, -torch.stack(logp).mean())
+    assert relative_error([g.double() for g in got], want) < 1e-4
 
 
-def test_kl_to_the_reference(record):
-    """With beta, the second update's gradient is that of surrogate + beta KL."""
-    seen = record(grpo, *OPTIONS, "--kl-coef", "5")
-    (_, text, owner, _, sigmas, s, sde, _, *_), (x, _, old, _) = seen.rollouts[0]
-    advantage = seen.advantages[0][1][0].flatten().double()
-    base = record(grpo, *OPTIONS).policy  # the same model, with other weights
+@pytest.mark.parametrize("module", EACH)
+def test_kl_to_the_reference(record, monkeypatch, module):
+    """The gradient is that of surrogate + beta KL, also where there is no advantage."""
+    count = 48 if module is tempflow_grpo else 8
+
+    def flat(images, prompts):
+        scores = brightness(images)
+        if len(scores) == count:
+            scores[count // 2 :] = 1.0  # a whole group; in TempFlow the later steps of all starts
+        return scores
+
+    train_on(monkeypatch, flat)
+    seen = record(module, *OPTIONS, *EACH[module], "--kl-coef", "5")
+    want = evaluations(module, seen, live=[8, 8] if module is tempflow_grpo else [16, 16], passes=4)
+    assert metrics(seen.folder)[1]["velocity_evals"] == want
+    base = record(module, *OPTIONS).policy  # the same model, with other weights
     put_weights(base, [torch.zeros_like(weight) for weight in base.parameters])
-    _, images, got = list(updates(seen, 8))[1]
-    total = 0.0
-    for n in images:
-        for k in range(4):
-            mean, std = naive_step(
-                x[k, n], naive_velocity(seen.policy, text, owner, x[k, n], sigmas[k], n), sigmas, s, k, sde
-            )
-            with torch.no_grad():
-                v = naive_velocity(base, text, owner, x[k, n], sigmas[k], n)
-                mean_ref, _ = naive_step(x[k, n], v, sigmas, s, k, sde)
-            kl = ((mean - mean_ref) ** 2 / (2 * std**2)).mean()
-            logp = naive_logp(seen.policy, seen.rollouts[0], k, n)
-            total = total + (clipped(advantage[n], torch.exp(logp - old[k, n])) + 5 * kl) / 16
-    assert relative_error(got, gradients(seen.policy, total)) < 1e-6
+    _, part, got = list(updates(seen, 4 if module is tempflow_grpo else 8))[1]
+    total = naive_loss(module, seen, part)
+    for n, k in product(part, range(4)):
+        mean, std = naive_gaussian(seen.policy, seen.rollouts[0], k, n)
+        with torch.no_grad():
+            mean_ref, _ = naive_gaussian(base, seen.rollouts[0], k, n)
+        share = 1 / [2, 6, 6, 6][k] if module is gcpo else 1 / 4  # two chunks, of 1 and 3 steps
+        total = total + 5 * share / len(part) * ((mean - mean_ref) ** 2 / (2 * std**2)).mean()
+    assert_gradient(seen, got, total)
 
 
 @pytest.mark.parametrize(
     "chunks, steps, fraction",
     [
-        ("adaptive", "all", "1.0"),
-        ("adaptive", "all", "0.5"),
-        ("1,3", "all", "0.5"),
-        ("4", "all", "1.0"),
-        ("1,1,2", "all", "0.5"),
-        ("2,1", "1,2,3", "1.0"),
-        ("adaptive", "1,2", "1.0"),
+        *(("adaptive", "all", 1.0), ("adaptive", "all", 0.5), ("1,3", "all", 0.5), ("4", "all", 1.0)),
+        *(("1,1,2", "all", 0.5), ("2,1", "1,2,3", 1.0), ("halves", "1,2,3", 1.0), ("adaptive", "1,2", 1.0)),
     ],
 )
 def test_gcpo(record, chunks, steps, fraction):
-    """All transitions of a chunk in one graph, one ratio a chunk."""
     options = ["--chunks", chunks, "--chunk-fraction", fraction, "--chunk-max", "2", "--sde-steps", steps]
     seen = record(gcpo, *OPTIONS, *options, "--clip-range", "1e-4")
     old, off = seen.rollouts[0][1][2], []
     assert len(old) == (4 if steps == "all" else len(steps.split(",")))
-    advantage = seen.advantages[0][1][0].flatten().double()
+    for n in range(8):
+        sizes = seen.chunks[n][0][1]
+        assert sum(sizes) == len(old) and (chunks != "halves" or sizes == [1, 2])
+        assert len(drawn_chunks(seen, n)) == max(1, int(fraction * len(sizes) + 0.5))
     for _, images, got in updates(seen, 8):
-        total = 0.0
-        for n in images:
-            (_, sizes, *_), average = seen.chunks[n]
-            drawn = {tuple(row.nonzero()[:, 0].tolist()) for row in average if row.any()}
-            assert sum(sizes) == len(old) and len(drawn) == max(1, int(float(fraction) * len(sizes) + 0.5))
-            for chunk in drawn:
-                logp = [naive_logp(seen.policy, seen.rollouts[0], k, n) for k in chunk]
-                product = torch.stack([torch.exp(new - old[k, n]) for new, k in zip(logp, chunk)]).prod()
-                ratio = product ** (1 / len(chunk))
-                off.append(abs(ratio.item() - 1) > 1e-4)
-                total = total + clipped(advantage[n], ratio, 1e-4) / len(drawn) / 4
-        assert relative_error(got, gradients(seen.policy, total)) < 1e-6
+        assert_gradient(seen, got, naive_loss(gcpo, seen, images, off))
     assert any(off)
-
-
-def test_gcpo_at_ratio_one_weighs_a_step_by_one_over_count_and_size(record):
-    seen = record(gcpo, *OPTIONS, "--chunks", "1,3", "--chunk-fraction", "1")
-    advantage = seen.advantages[0][1][0].flatten().double()
-    _, images, got = next(updates(seen, 8))
-    total = 0.0
-    for n in images:
-        for k, weight in enumerate([1 / 2, 1 / 6, 1 / 6, 1 / 6]):  # 1 / (J size), J = 2 chunks of 1 and 3
-            total = total - weight * advantage[n] * naive_logp(seen.policy, seen.rollouts[0], k, n) / 4
-    assert relative_error(got, gradients(seen.policy, total)) < 1e-6
 
 
 @pytest.mark.parametrize("group", ["seed", "prompt"])
 @pytest.mark.parametrize("steps", ["all", "0,2"])
 def test_tempflow(record, group, steps):
-    """States repeated for each branch: one forward a branch, weights from the schedule."""
     seen = record(tempflow_grpo, *OPTIONS, "--group", group, "--sde-steps", steps)
-    (*_, sigmas, s, _, chosen, _), (_, _, old, _) = seen.rollouts[0]
-    assert chosen == ([0, 1, 2, 3] if steps == "all" else [0, 2])
-    advantage = seen.advantages[0][1][0].view(len(chosen), 4, 3).double()
-    raw = torch.stack([s[k] * (sigmas[k] - sigmas[k + 1]).sqrt() for k in chosen]).double()
-    weight, off = raw / raw.mean(), []
-    for _, seeds, got in updates(seen, 4):
-        total = 0.0
-        for n in seeds:
-            for k in range(len(chosen)):
-                for b in range(3):
-                    ratio = torch.exp(naive_logp(seen.policy, seen.rollouts[0], k, n, (b,)) - old[k, n, b])
-                    off.append(abs(ratio.item() - 1) > 2e-4)
-                    total = total + weight[k] * clipped(advantage[k, n, b], ratio) / (2 * len(chosen) * 3)
-        assert relative_error(got, gradients(seen.policy, total)) < 1e-6
+    assert seen.rollouts[0][0][7] == ([0, 1, 2, 3] if steps == "all" else [0, 2])
+    off = []
+    for _, starts, got in updates(seen, 4):
+        assert_gradient(seen, got, naive_loss(tempflow_grpo, seen, starts, off))
     assert any(off)
 
 
 @pytest.mark.parametrize("module, chosen", [(grpo, [1, 3]), (gcpo, [1, 2]), (tempflow_grpo, [0, 2])])
 def test_rollout_is_a_loop_over_images_with_ode_steps_where_none_is_chosen(record, module, chosen):
-    """One image, or one branch from its start, at a time and with the same noise: states, log-probs and ends."""
+    """One image or branch at a time, with the same noise: states, log-probs and ends."""
     seen = record(module, *OPTIONS, "--sde-steps", ",".join(map(str, chosen)))
-    (policy, text, owner, noise, sigmas, s, sde, steps, *_), (x, x_next, old, ends) = seen.rollouts[0]
+    (policy, text, prompt_index, noise, sigmas, s, sde, steps), (x, x_next, old, ends) = seen.rollouts[0]
     put_weights(policy, seen.updates[0][0])
-    assert list(steps) == chosen and len(x) == 2
+    assert list(steps) == chosen and len(x) == 2 and len(noise) == 1 + 2  # no noise is drawn for other steps
 
     @torch.no_grad()
     def sample(n, draws, branch=()):
         """draws: {step: noise}; all others are Euler's. branch: which one, if one."""
         latent = noise[0][n].double()
         for step in range(5):
-            v = naive_velocity(policy, text, owner, latent, sigmas[step], n)
+            v = naive_velocity(policy, text, prompt_index, latent, sigmas[step], n)
             if step in draws:
                 k, place = chosen.index(step), (chosen.index(step), n, *branch)
                 assert (latent - x[k, n]).abs().max() < 1e-6
@@ -202,28 +238,119 @@ def test_rollout_is_a_loop_over_images_with_ode_steps_where_none_is_chosen(recor
                 latent = latent - (sigmas[step] - sigmas[step + 1]).double() * v
         return latent
 
-    for n in range(len(owner)):
+    for n in range(len(prompt_index)):
         if module is not tempflow_grpo:
-            assert (sample(n, {step: noise[step + 1][n] for step in chosen}) - ends[n]).abs().max() < 1e-6
+            draws = {step: noise[1 + k][n] for k, step in enumerate(chosen)}
+            assert (sample(n, draws) - ends[n]).abs().max() < 1e-6
             continue
-        for k, step in enumerate(chosen):
-            for b in range(3):
-                latent = sample(n, {step: noise[1 + k][n, b]}, (b,))
-                assert (latent - ends.view_as(x_next)[k, n, b]).abs().max() < 1e-6
+        for (k, step), b in product(enumerate(chosen), range(3)):
+            latent = sample(n, {step: noise[1 + k][n, b]}, (b,))
+            assert (latent - ends.view_as(x_next)[k, n, b]).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize(
-    "module, steps",
-    [(grpo, "all"), (gcpo, "all"), (tempflow_grpo, "all"), (grpo, "2"), (gcpo, "1,2"), (tempflow_grpo, "2")],
-)
-def test_velocity_evaluations_are_the_formula(record, module, steps):
-    options = ["--iterations", "1", "--updates-per-iteration", "1", "--sde-steps", steps]
-    options += ["--chunk-fraction", "1"] if module is gcpo else []
-    seen = record(module, *options)
-    T, P, S, B, G, chosen = 5, 2, 2, 3, 4, seen.rollouts[0][0][7]
-    assert len(chosen) == (4 if steps == "all" else 2)
-    if module is tempflow_grpo:  # trunks up to the last branches, each branch from the next step on, training
-        want = P * (S * (chosen[-1] + 1) + S * B * sum(T - 1 - k for k in chosen) + 3 * S * len(chosen))
+def evaluations(module, seen, live=None, passes=3):
+    """Velocity evaluations of iteration 1. live: how many each update trains; None: all, in one."""
+    T, B, chosen, N = 5, 3, seen.rollouts[0][0][7], len(seen.rollouts[0][0][2])
+    live = live or [N * len(chosen)]
+    if module is tempflow_grpo:  # trunks up to the last branches, each branch from the next step on
+        rollout = N * (chosen[-1] + 1) + N * B * sum(T - 1 - k for k in chosen)
     else:
-        want = P * (G * T + 3 * G * len(chosen))
-    assert metrics(seen.folder)[-1]["velocity_evals"] == want  # evaluations, as before iteration 1, are not counted
+        rollout = N * T
+    again = sum(live[1:]) * 3 // 4 if module is gcpo else 0  # the chunks of 3 of 4 steps, for their ratio
+    return rollout + passes * sum(live) + again
+
+
+@pytest.mark.parametrize("module, steps", [(grpo, "2"), (gcpo, "1,2"), (tempflow_grpo, "2"), (grpo, "all")])
+def test_velocity_evaluations_are_the_formula(record, monkeypatch, module, steps):
+    """As before iteration 1, those of an evaluation are not counted."""
+    train_on(monkeypatch, brightness)  # no group is flat
+    options = ["--chunk-fraction", 1] if module is gcpo else []
+    seen = record(module, "--iterations", 1, "--updates-per-iteration", 1, "--sde-steps", steps, *options)
+    assert len(seen.rollouts[0][0][7]) == (4 if steps == "all" else 2)
+    assert metrics(seen.folder)[-1]["velocity_evals"] == evaluations(module, seen)
+
+
+@pytest.mark.parametrize("module", EACH)
+def test_what_has_no_advantage_is_left_out_with_the_same_gradient(record, monkeypatch, module):
+    """Of four groups two are flat; in a third one two images are average. TempFlow: three flat states."""
+    temp = module is tempflow_grpo
+    count, N, live = (48, 4, [7, 6]) if temp else (16, 16, [4 * 4, 2 * 4])
+
+    def partly_flat(images, prompts):
+        scores = brightness(images)
+        if len(scores) == count and temp:
+            states = scores.view(4, 4, 3)
+            states[1, 0] = states[2, 3] = states[1, 2] = 731.37
+            states[0, 3] = torch.tensor([0.0, 1.0, 2.0])  # one branch is average, and the state is trained
+        elif len(scores) == count:
+            scores[4:8] = scores[12:] = 731.37
+            scores[8:12] = torch.tensor([0.0, 1.0, 1.0, 2.0])
+        return scores
+
+    train_on(monkeypatch, partly_flat)
+    seen = record(module, *OPTIONS, *EACH[module], "--prompts-per-iteration", 2 if temp else 4)
+    line, off, losses, beyond = metrics(seen.folder)[1], [], [], []
+    assert line["velocity_evals"] == evaluations(module, seen, live)
+    for _, part, got in updates(seen, N):
+        losses.append(naive_loss(module, seen, part, off))
+        assert_gradient(seen, got, losses[-1])
+        eps = seen.args.clip_range
+        beyond += [(a * (ratio - 1) > a.abs() * eps).item() for a, ratio, _ in terms(module, seen, part)]
+    assert any(off)
+    if module is grpo:  # averages over all transitions; GCPO counts each step of a chunk, TempFlow weighs
+        assert line["loss"] == pytest.approx(sum(losses).item() / 2, abs=1e-6)
+        assert 0 < line["clip_low"] + line["clip_high"] == pytest.approx(sum(beyond) / len(beyond), abs=1e-6)
+    assert line["zero_std_groups"] == (3 / 16 if temp else 1 / 2)
+
+
+@pytest.mark.parametrize("module", EACH)
+def test_weights_average_and_files_are_those_made_by_hand(record, monkeypatch, module):
+    """Clipped gradients, AdamW, the moving average, what is evaluated and saved. Iteration 2 is flat."""
+    calls, count = [], 48 if module is tempflow_grpo else 8
+
+    def flat_later(images, prompts):
+        calls.append(len(images))
+        return torch.ones(count) if len(images) == count and calls.count(count) == 2 else brightness(images)
+
+    train_on(monkeypatch, flat_later)
+    options = "--iterations 2 --max-grad-norm 1e-6 --ema-decay 0.2 --ema-every 2 --eval-every 1"
+    seen = record(module, *OPTIONS, *EACH[module], *options.split(), "--lora-alpha", 2)
+    policy, final = seen.policy, [parameter.detach().clone() for parameter in seen.policy.parameters]
+    weights, found, averages = [*(before for before, _ in seen.updates), final], {}, []
+    for clip in (True, False):
+        mine, average = [torch.nn.Parameter(weight.clone()) for weight in weights[0]], weights[0]
+        adam = torch.optim.AdamW(mine, 3e-3, weight_decay=0.0)
+        for n, (_, gradient) in enumerate(seen.updates, 1):
+            norm = torch.cat([g.flatten() for g in gradient]).norm().item()
+            for parameter, g in zip(mine, gradient):
+                parameter.grad = g * min(1, 1e-6 / (norm + 1e-6)) if clip else g.clone()
+            adam.step()
+            found[clip, n] = relative_error(mine, weights[n])
+            if n % 2 == 0:
+                decay = min(0.2, n / (9 + n))
+                average = [decay * a + (1 - decay) * p.detach() for a, p in zip(average, mine)]
+                averages += [average] if clip else []
+    assert all(found[True, n] < 1e-6 and (n == 1 or found[False, n] > 1e-3) for n in range(1, 5))
+    assert relative_error(weights[3], weights[2]) > 1e-4  # momentum, although the gradient is 0
+    assert all(g.abs().max() == 0 for _, gradient in seen.updates[2:] for g in gradient)
+    one, two = metrics(seen.folder)[1:]
+    assert one["grad_norm"] > 1e-5 and two["zero_std_groups"] == 1
+    assert all(two[name] == 0 for name in ("grad_norm", "loss", "approx_kl", "clip_low", "clip_high"))
+    assert two["ratio_mean"] is two["ratio_min"] is two["ratio_max"] is two["ratio_first_error"] is None
+    assert two["ratio_first_error_by_step"] == [None] * 4
+    assert two["velocity_evals"] - one["velocity_evals"] == evaluations(module, seen, [0])
+
+    (text,) = policy.encode(common.read_prompts(seen.args.eval_prompts))
+    noise, pictures = policy.noise(2, 1, common.generator(0, "evaluation", 0)), []
+    for used in (*averages, final):
+        put_weights(policy, used)
+        x = common.ode_sample(policy, noise, text, torch.arange(2), policy.sigmas(2))
+        pictures.append(policy.decode(x))
+    saved = load_file(seen.folder / "lora" / "pytorch_lora_weights.safetensors")
+    put_weights(policy, averages[-1])
+    for name, weight in policy.lora().items():
+        weight = weight * (2 / 4 if "lora_B" in name else 1)  # alpha / rank
+        assert (saved[f"transformer.{name}"] - weight).abs().max() < 1e-7
+    for shown, wanted in zip(seen.images[1:], pictures):
+        assert (shown - wanted).abs().max() < 1e-5
+    assert (pictures[2] - pictures[1]).abs().max() > 1e-4 and relative_error(averages[-1], final) > 1e-3

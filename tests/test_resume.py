@@ -1,30 +1,196 @@
-"""Resume continues exactly; what would change the past is refused; a damaged run is told."""
+"""However a run ends, its last complete iteration resumes to the end of a run that was left alone, bit for bit."""
 
 import json
+import multiprocessing
+import os
+import random
+import resource
 import shutil
-
-from conftest import SCRIPTS, assert_same_run, errors, here, small
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
+import common
+import rewards
+from conftest import ROOT, SCRIPTS, assert_same_run, metrics, run_main, slow, small, state
+from shapes import shapes
 
 LORA = "lora/pytorch_lora_weights.safetensors"
 EXTRA = {"grpo": "--kl-coef 0.01", "gcpo": "--weighted-sampling", "tempflow_grpo": "--sde-steps 2"}
+PRELOAD = ["conftest", *SCRIPTS, "peft", "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3"]
+
+
+def options(folder, iterations, *more):
+    return [*small("grpo"), "--ema-decay", "0.9", "--iterations", iterations, "--output", folder, *more]
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """A run of 4 iterations that was left alone."""
+    assert run_main("grpo", *options(tmp_path / "whole", 4)) is None
+    return tmp_path / "whole"
+
+
+def done(folder):
+    """The iteration of the checkpoint."""
+    return dict(state(folder))[".iteration"]
+
+
+def same_adapter(one, other):
+    one, other = load_file(one), load_file(other)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_stopped_and_resumed_is_the_same_run(script, tmp_path):
-    """6 iterations at once, and 3 and then 6: the same metrics, adapter, optimizer and EMA, bit for bit."""
-    options = [*small(script), *EXTRA[script].split(), "--ema-decay", "0.9", "--eval-every", "2"]
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
-    assert here(script, *options, "--iterations", "6", "--output", whole).returncode == 0
-    assert here(script, *options, "--iterations", "3", "--output", halves).returncode == 0
-    with open(halves / "metrics.jsonl", "a") as file:
+    """6 iterations at once, and 3 and then 6: the same metrics, adapters, optimizer and average."""
+    more = [*small(script), *EXTRA[script].split(), "--ema-decay", "0.9", "--eval-every", "3"]
+    one, other = tmp_path / "whole", tmp_path / "halves"
+    assert run_main(script, *more, "--iterations", "6", "--output", one) is None
+    assert run_main(script, *more, "--iterations", "3", "--output", other) is None
+    with open(other / "metrics.jsonl", "a") as file:
         file.write('{"iteration": 4, "rew')  # half a last line
-    done = here(script, "--resume", halves, "--iterations", "6")
-    assert done.returncode == 0, done.stderr
-    assert_same_run(whole, halves)
-    assert (whole / LORA).read_bytes() == (halves / LORA).read_bytes()
+    assert run_main(script, "--resume", other, "--iterations", "6") is None
+    assert_same_run(one, other)
+    for adapter in (LORA, LORA.replace("lora/", "lora_best/")):
+        assert same_adapter(one / adapter, other / adapter)
+        assert (one / adapter).stat().st_mode & 0o777 == (one / "metrics.jsonl").stat().st_mode & 0o777
+
+
+@pytest.mark.parametrize("save_every", [1, 2])
+def test_lines_behind_the_checkpoint_are_dropped(save_every, whole, monkeypatch, tmp_path):
+    """The run ends between the line of iteration 3 and its checkpoint."""
+    run, original = tmp_path / "run", common.write
+
+    def write(path, data):
+        if "checkpoint" in str(path) and len(metrics(run)) >= 4:
+            raise KeyboardInterrupt
+        original(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "write", write)
+        message = run_main("grpo", *options(run, 4, "--save-every", save_every))
+    assert f"--resume {run}" in message
+    assert len(metrics(run)) == (4 if save_every == 1 else 5) and done(run) == 2
+    assert run_main("grpo", "--resume", run) is None
+    assert_same_run(whole, run)
+
+
+@pytest.mark.parametrize("interrupted", [KeyboardInterrupt, torch.OutOfMemoryError("CUDA out of memory")])
+def test_ctrl_c_and_out_of_memory_amid_updates_are_one_line(interrupted, whole, monkeypatch, tmp_path):
+    """The first update of iteration 3 has moved the weights; the checkpoint of iteration 2 is kept."""
+    run, original, calls = tmp_path / "run", common.Policy.clip_gradients, []
+
+    def clip_gradients(self, max_norm):
+        calls.append(1)
+        if len(calls) == 6:
+            raise interrupted
+        return original(self, max_norm)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Policy, "clip_gradients", clip_gradients)
+        message = run_main("grpo", *options(run, 4))
+    assert f"--resume {run}" in message and "\n" not in message
+    assert done(run) == 2
+    assert run_main("grpo", "--resume", run) is None
+    assert_same_run(whole, run)
+
+
+def explode(images, prompts):
+    raise RuntimeError("no\ngrader")
+
+
+BAD = {
+    "raises": (explode, "no grader"),
+    "nan": (lambda images, prompts: torch.full((len(prompts),), torch.nan), "nan"),
+    "wrong count": (lambda images, prompts: torch.ones(len(prompts) - 1), ""),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_reward_that_fails_at_iteration_3(kind, whole, monkeypatch, tmp_path):
+    calls, (bad, words), seen = [], BAD[kind], []
+    prompts = common.iteration_prompts(common.read_prompts("tiny/prompts.txt"), 2, 3, 0)
+
+    def reward(images, captions):
+        calls.append(1)
+        seen.append(captions[0])
+        return (bad if captions[0] == prompts[0] and len(calls) > 4 else shapes)(images, captions)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(
+            rewards.REWARDS, "shapes", rewards.REWARDS["jpeg_compressibility"]._replace(function=reward)
+        )
+        message = run_main("grpo", *options(tmp_path / "run", 4))
+    assert message.startswith("error: ") and "\n" not in message
+    assert "reward shapes" in message and prompts[0] in message and words in message
+    assert [line["iteration"] for line in metrics(tmp_path / "run")] == [0, 1, 2] and done(
+        tmp_path / "run"
+    ) == 2
+    assert run_main("grpo", "--resume", tmp_path / "run") is None
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(whole, monkeypatch, tmp_path):
+    original, calls = common.Policy.clip_gradients, []
+
+    def clip_gradients(self, max_norm):
+        calls.append(1)
+        if len(calls) == 6:
+            self.parameters[3].grad[0] = torch.nan
+        return original(self, max_norm)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Policy, "clip_gradients", clip_gradients)
+        message = run_main("grpo", *options(tmp_path / "run", 4))
+    assert message.startswith("error: the gradient is not finite") and done(tmp_path / "run") == 2
+    assert run_main("grpo", "--resume", tmp_path / "run") is None
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_a_full_disk(whole, monkeypatch, tmp_path):
+    """The limit on a file's size stands for it, at the checkpoint of iteration 2; then there is room again."""
+    run, original = tmp_path / "run", common.write
+
+    def write(path, data):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if "checkpoint" in str(path) and len(metrics(run)) == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        try:
+            original(path, data)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "write", write)
+        with pytest.raises(OSError, match="File too large"):
+            run_main("grpo", *options(run, 4))
+    assert done(run) == 1
+    assert run_main("grpo", "--resume", run) is None
+    assert_same_run(whole, run)
+
+
+def test_a_damaged_checkpoint_is_one_line(tmp_path):
+    run = tmp_path / "run"
+    assert run_main("grpo", *options(run, 1)) is None
+    content, evil = (run / "checkpoint.pt").read_bytes(), tmp_path / "evil.pt"
+    torch.save({"lora": Path("a pickled object")}, evil)  # weights_only refuses what could run code
+    for damaged in (b"", content[: len(content) // 2], b"text", evil.read_bytes()):
+        (run / "checkpoint.pt").write_bytes(damaged)
+        before = (run / "metrics.jsonl").read_bytes()
+        assert "checkpoint.pt cannot be read" in run_main("grpo", "--resume", run, "--iterations", 2)
+        assert (run / "checkpoint.pt").read_bytes() == damaged and (
+            run / "metrics.jsonl"
+        ).read_bytes() == before
+
+
+# ---------------------------------------------------------------- overriding settings
 
 
 @pytest.fixture(scope="module")
@@ -32,83 +198,163 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
     prompts = folder.parent / "prompts.txt"
     prompts.write_text("a red circle\ntwo blue squares\n")
-    options = [*small("grpo"), "--prompts", prompts, "--iterations", "2", "--output", folder]
-    assert here("grpo", *options).returncode == 0
+    start = os.getcwd()
+    os.chdir(folder.parent)
+    try:
+        assert run_main("grpo", *options("run", 2), "--prompts", "prompts.txt") is None
+    finally:
+        os.chdir(start)
     return folder
 
 
 @pytest.mark.parametrize(
-    "script, options, says",
+    "script, given, says",
     [
-        ("grpo", "--learning-rate 0.5", "--learning-rate cannot stand beside --resume"),
-        ("grpo", "--group-size 4", "--group-size cannot stand beside --resume"),  # though it is that run's
-        ("grpo", "--output other", "--output cannot stand beside --resume"),
-        ("grpo", "--iterations 1", "--iterations 1 is less than the 2"),
+        ("grpo", "--seed 5", "--seed"),
+        ("grpo", "--output other", "--output"),
+        ("grpo", "--lora-rank 2", "--lora-rank"),
+        ("grpo", "--lora-alpha 2", "--lora-alpha"),
+        ("grpo", "--iterations 1", "2 iterations are done"),
         ("gcpo", "", "grpo.py"),
     ],
 )
-def test_resume_takes_every_setting_from_the_run(finished, script, options, says):
-    done = here(script, "--resume", finished, *options.split())
-    (line,) = errors(done.stderr)
-    assert done.returncode == 2 and line.startswith("error: ") and says in line
+def test_what_resume_cannot_change(finished, script, given, says):
+    before = (finished / "config.json").read_bytes()
+    message = run_main(script, "--resume", finished, *given.split())
+    assert message.startswith("error: ") and says in message
+    assert (finished / "config.json").read_bytes() == before
 
 
-def damaged(finished, tmp_path, damage):
+def test_options_beside_resume_override_and_paths_are_absolute(finished, tmp_path, monkeypatch):
+    """From another folder; the optimizer and the average must not bring their old settings back."""
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
-    damage(copy)
-    return copy
+    seen = []
+    original = common.Run.__init__
+
+    def keep(self, args, policy, optimizer, *more):
+        original(self, args, policy, optimizer, *more)
+        seen.append((policy, optimizer))
+
+    monkeypatch.setattr(common.Run, "__init__", keep)
+    monkeypatch.chdir(tmp_path)
+    more = "--iterations 3 --micro-batch 2 --gradient-checkpointing --eval-every 1 --device cpu"
+    more += " --learning-rate 5e-5 --ema-decay 0.5"
+    assert run_main("grpo", "--resume", "copy", *more.split()) is None
+    (policy, optimizer) = seen[0]
+    assert optimizer.param_groups[0]["lr"] == 5e-5 and policy.ema.decay == 0.5 and policy.micro_batch == 2
+    assert policy.transformer.is_gradient_checkpointing
+    settings = json.loads((copy / "config.json").read_text())["settings"]
+    assert settings["prompts"] == str(finished.parent / "prompts.txt") and settings["micro_batch"] == 2
+    assert "eval_reward" in metrics(copy)[3]
 
 
-def cut(folder):
-    data = (folder / "checkpoint.pt").read_bytes()
-    (folder / "checkpoint.pt").write_bytes(data[: len(data) // 2])
+def test_bundled_prompts_are_stored_by_name(tmp_path):
+    assert run_main("grpo", *options(tmp_path / "run", 1)) is None
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
+    assert settings["model"] == "tiny" and not Path(settings["prompts"]).is_absolute()
+    settings.pop("sde_steps")
+    config = {"script": "grpo", "settings": settings | {"branch_steps": "all"}}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    message = run_main("grpo", "--resume", tmp_path / "run")
+    assert "branch_steps, sde_steps" in message
 
 
-def foreign(folder):
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    state["lora"] = {key: torch.zeros(3) for key in state["lora"]}
-    torch.save(state, folder / "checkpoint.pt")
+def test_the_best_adapter_is_kept(monkeypatch, tmp_path):
+    """Evaluations of 0.5, 0.6, 0.9, 0.7, 0.9: lora_best is that of iteration 2, also after resuming."""
+    scores, original = iter([0.5, 0.6, 0.9, 0.7, 0.9]), common.Run.evaluate
+    patched = lambda self, *args: original(self, *args) | {"eval_reward": next(scores)}  # noqa: E731
+    monkeypatch.setattr(common.Run, "evaluate", patched)
+    run, kept = tmp_path / "run", {}
+    for iterations in (1, 2, 3, 4):
+        start = ["--resume", run] if kept else options(run, 1, "--eval-every", 1)
+        assert run_main("grpo", *start, "--iterations", iterations) is None
+        kept[iterations] = shutil.copy(run / LORA, tmp_path / f"{iterations}.safetensors")
+        assert same_adapter(run / "lora_best" / Path(LORA).name, kept[min(iterations, 2)])
+    assert not same_adapter(kept[2], kept[3])
+    assert dict(state(run))[".best.0"] == 0.9 and dict(state(run))[".best.1"] == 2
 
 
-def other_prompts(folder):
-    config = json.loads((folder / "config.json").read_text())
-    config["prompts_sha256"][0] = "0" * 64
-    (folder / "config.json").write_text(json.dumps(config))
+# ---------------------------------------------------------------- processes that are killed
 
 
-def no_versions(folder):
-    config = json.loads((folder / "config.json").read_text())
-    config["versions"] = None
-    (folder / "config.json").write_text(json.dumps(config))
+def child(script, options):
+    """In a process that forked from one which has all imports behind it."""
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    sys.exit(run_main(script, *options))
 
 
-def another_setting(folder):
-    config = json.loads((folder / "config.json").read_text())
-    config["settings"]["branch_steps"] = config["settings"].pop("sde_steps")
-    (folder / "config.json").write_text(json.dumps(config))
+def test_a_closed_terminal_costs_the_iteration_at_hand(tmp_path):
+    command = [sys.executable, str(ROOT / "grpo.py"), *map(str, options(tmp_path / "run", 500))]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or len(metrics(tmp_path / "run")) < 3:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) != 0
+    at = done(tmp_path / "run")
+    assert at >= 1
+    assert run_main("grpo", "--resume", tmp_path / "run", "--iterations", at + 1) is None
+    assert run_main("grpo", *options(tmp_path / "whole", at + 1)) is None
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
-@pytest.mark.parametrize(
-    "damage, says",
-    [
-        (cut, "checkpoint.pt cannot be resumed from"),
-        (foreign, "another model"),
-        (other_prompts, "--prompts or --eval-prompts have changed"),
-        (no_versions, "no run that grpo.py can go on with"),
-        (another_setting, "another version"),
-    ],
-)
-def test_damaged_runs_are_told(finished, tmp_path, damage, says):
-    done = here("grpo", "--resume", damaged(finished, tmp_path, damage), "--iterations", "3")
-    assert done.returncode == 2 and len(errors(done.stderr)) == 1 and says in done.stderr, done.stderr
+@slow
+def test_twenty_kills_at_random_moments(tmp_path, monkeypatch):
+    """SIGKILL while it loads, evaluates, samples, updates, saves: resumed, the run ends as if left alone."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    numbers, kills, finished = random.Random(0), 0, []
+
+    def start(run, timeout=None):
+        resuming = (run / "config.json").exists()
+        words = ["--resume", run] if resuming else options(run, 10, "--save-every", 2, "--eval-every", 3)
+        process = context.Process(target=child, args=("grpo", words))
+        process.start()
+        process.join(timeout)
+        return process
+
+    assert start(tmp_path / "first").exitcode == 0  # the fork server has its imports now
+    begun = time.time()
+    assert start(tmp_path / "whole").exitcode == 0
+    length = time.time() - begun
+    while kills < 20:
+        run = tmp_path / f"run{len(finished)}"
+        process = start(run, numbers.uniform(0.0, 0.9) * length)
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            kills += 1
+        else:
+            assert process.exitcode == 0
+            finished.append(run)
+    last = tmp_path / f"run{len(finished)}"
+    assert start(last).exitcode == 0
+    for run in [*finished, last]:
+        assert_same_run(tmp_path / "whole", run)
 
 
-def test_another_version_of_torch_is_a_warning(finished, tmp_path):
-    def older(folder):
-        config = json.loads((folder / "config.json").read_text())
-        config["versions"]["torch"] = "2.0.0"
-        (folder / "config.json").write_text(json.dumps(config))
+def test_importing_does_nothing_and_needs_nothing_posix():
+    code = """
+import sys, signal, os
+before = sys.excepthook, signal.getsignal(signal.SIGINT), dict(os.environ)
+for name in ("fcntl", "resource", "pwd"):
+    sys.modules[name] = None
+import grpo, gcpo, tempflow_grpo, rewards, common
+assert (sys.excepthook, signal.getsignal(signal.SIGINT), dict(os.environ)) == before
+assert "diffusers" not in sys.modules and "peft" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
-    done = here("grpo", "--resume", damaged(finished, tmp_path, older), "--iterations", "3")
-    assert done.returncode == 0 and "warning: this run began with {'torch': '2.0.0'" in done.stderr
+
+def test_copies_without_the_tiny_model_say_so(tmp_path):
+    for name in ("grpo.py", "common.py", "rewards.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    done = subprocess.run([sys.executable, "grpo.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert (
+        done.returncode != 0
+        and "the tiny model is not there" in done.stderr
+        and "Traceback" not in done.stderr
+    )

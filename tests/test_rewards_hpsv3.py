@@ -1,6 +1,7 @@
-"""hpsv3 in rewards.py, on a small random Qwen2-VL in a checkpoint of the published names, against a forward by hand."""
+"""hpsv3 in rewards.py against a forward by hand, on a small random Qwen2-VL with the published names."""
 
-import sys
+import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,20 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2VLConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import rewards
-from rewards import RewardError, get_reward
+from rewards import hpsv3
 
 # the sizes: language model; vision
 WIDTH, LAYERS, HEADS, KV_HEADS, INNER, HEAD = 32, 2, 4, 2, 48, 8
 V_WIDTH, V_DEPTH, V_HEADS, V_INNER = 32, 2, 2, 64
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+]
 PROMPTS = ["a red car", "two dogs, {and} a cat left of them", "snow on <|Reward|> it", ""]
 PACKAGE = '''import no_such_module
 
@@ -40,8 +47,9 @@ END
 BEFORE, AFTER = "\nRate this.  {text_prompt}\n\n", "\nSo: <|Reward|>\n\nEND\n"
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}"
+    "{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
@@ -72,21 +80,25 @@ def base(tmp_path_factory):
     tokenizer = Tokenizer(models.BPE({letter: n for n, letter in enumerate(letters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|endoftext|>", chat_template=TEMPLATE)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|endoftext|>", chat_template=TEMPLATE
+    )
     fast.add_tokens(SPECIAL, special_tokens=True)
     fast.save_pretrained(folder)
     Qwen2VLImageProcessorPil().save_pretrained(folder)
+    image, start, end = map(
+        fast.convert_tokens_to_ids, ("<|image_pad|>", "<|vision_start|>", "<|vision_end|>")
+    )
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
     config = Qwen2VLConfig(
         text_config=dict(
             vocab_size=400, hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS, num_key_value_heads=KV_HEADS,
-            rms_norm_eps=1e-6,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+            num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, rms_norm_eps=1e-6, rope_parameters=rope,
         ),
-        vision_config=dict(depth=V_DEPTH, embed_dim=V_WIDTH, hidden_size=WIDTH, num_heads=V_HEADS, mlp_ratio=2),
-        image_token_id=fast.convert_tokens_to_ids("<|image_pad|>"),
-        vision_start_token_id=fast.convert_tokens_to_ids("<|vision_start|>"),
-        vision_end_token_id=fast.convert_tokens_to_ids("<|vision_end|>"),
+        vision_config=dict(
+            depth=V_DEPTH, embed_dim=V_WIDTH, hidden_size=WIDTH, num_heads=V_HEADS, mlp_ratio=2
+        ),
+        image_token_id=image, vision_start_token_id=start, vision_end_token_id=end,
     )  # fmt: skip
     config.save_pretrained(folder)
     return str(folder)
@@ -94,45 +106,24 @@ def base(tmp_path_factory):
 
 def published_weights(words):
     """{name: values} as transformers 4.45 named the parts of that class; exact in bfloat16."""
-    shapes = {
-        "model.embed_tokens.weight": (words, WIDTH),
-        "lm_head.weight": (words, WIDTH),
-        "model.norm.weight": (WIDTH,),
-    }
+    kv = WIDTH * KV_HEADS // HEADS
+    shapes = {"model.embed_tokens.weight": (words, WIDTH), "lm_head.weight": (words, WIDTH)}
+    shapes |= {"visual.patch_embed.proj.weight": (V_WIDTH, 3, 2, 14, 14), "model.norm.weight": (WIDTH,)}
+    linear = {"visual.merger.mlp.0": (4 * V_WIDTH, 4 * V_WIDTH), "visual.merger.mlp.2": (WIDTH, 4 * V_WIDTH)}
+    linear |= {"rm_head.0": (1024, WIDTH), "rm_head.3": (16, 1024), "rm_head.5": (2, 16)}
+    norms = ["visual.merger.ln_q"]
     for n in range(LAYERS):
         layer = f"model.layers.{n}"
-        kv = WIDTH * KV_HEADS // HEADS
-        for name, size in (("q", WIDTH), ("k", kv), ("v", kv)):
-            shapes |= {
-                f"{layer}.self_attn.{name}_proj.weight": (size, WIDTH),
-                f"{layer}.self_attn.{name}_proj.bias": (size,),
-            }
-        shapes |= {
-            f"{layer}.self_attn.o_proj.weight": (WIDTH, WIDTH),
-            f"{layer}.mlp.gate_proj.weight": (INNER, WIDTH),
-            f"{layer}.mlp.up_proj.weight": (INNER, WIDTH),
-            f"{layer}.mlp.down_proj.weight": (WIDTH, INNER),
-            f"{layer}.input_layernorm.weight": (WIDTH,),
-            f"{layer}.post_attention_layernorm.weight": (WIDTH,),
-        }
-    linear = {
-        "visual.merger.mlp.0": (4 * V_WIDTH, 4 * V_WIDTH),
-        "visual.merger.mlp.2": (WIDTH, 4 * V_WIDTH),
-        "rm_head.0": (1024, WIDTH),
-        "rm_head.3": (16, 1024),
-        "rm_head.5": (2, 16),
-    }
-    norms = ["visual.merger.ln_q"]
+        linear |= {f"{layer}.self_attn.{name}_proj": (n, WIDTH) for name, n in zip("qkv", (WIDTH, kv, kv))}
+        shapes |= {f"{layer}.mlp.{name}_proj.weight": (INNER, WIDTH) for name in ("gate", "up")}
+        shapes |= {f"{layer}.self_attn.o_proj.weight": (WIDTH, WIDTH)}
+        shapes |= {f"{layer}.mlp.down_proj.weight": (WIDTH, INNER)}
+        shapes |= {f"{layer}.{name}_layernorm.weight": (WIDTH,) for name in ("input", "post_attention")}
     for n in range(V_DEPTH):
         block = f"visual.blocks.{n}"
         norms += [f"{block}.norm1", f"{block}.norm2"]
-        linear |= {
-            f"{block}.attn.qkv": (3 * V_WIDTH, V_WIDTH),
-            f"{block}.attn.proj": (V_WIDTH, V_WIDTH),
-            f"{block}.mlp.fc1": (V_INNER, V_WIDTH),
-            f"{block}.mlp.fc2": (V_WIDTH, V_INNER),
-        }
-    shapes["visual.patch_embed.proj.weight"] = (V_WIDTH, 3, 2, 14, 14)
+        linear |= {f"{block}.attn.qkv": (3 * V_WIDTH, V_WIDTH), f"{block}.attn.proj": (V_WIDTH, V_WIDTH)}
+        linear |= {f"{block}.mlp.fc1": (V_INNER, V_WIDTH), f"{block}.mlp.fc2": (V_WIDTH, V_INNER)}
     for name, shape in linear.items():
         shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
     for name in norms:
@@ -143,7 +134,7 @@ def published_weights(words):
         fan_in = torch.Size(shape[1:]).numel()
         scale = name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "ln_q.weight"))
         value = 1 + 0.2 * value if scale else value / fan_in**0.5
-        weights[name] = (value * 3 if "q_proj.weight" in name or "k_proj.weight" in name else value).bfloat16()
+        weights[name] = (value * (3 if re.search("[qk]_proj.weight", name) else 1)).bfloat16()
     return weights
 
 
@@ -155,11 +146,11 @@ def checkpoint(base, tmp_path_factory):
     return str(folder)
 
 
-# ---------------------------------------------------------------- the forward by hand, of one picture and prompt
+# ---------------------------------------------------------------- the forward by hand, for one picture
 
 
 def target_size(height, width, area=256 * 28 * 28):
-    """Multiples of 28 near the picture's shape, whose product is at most the area (or at least, if it is small)."""
+    """Multiples of 28 near the picture's shape: at most `area` pixels, or at least, if it is small."""
     h, w = (max(28, round(side / 28) * 28) for side in (height, width))
     factor = (area / (height * width)) ** 0.5
     if h * w > area:
@@ -225,7 +216,9 @@ def by_hand(weights, image, prompt):
     angles = (torch.tensor(places).double()[:, :, None] * frequencies).flatten(1)
     for n in range(V_DEPTH):
         block = f"visual.blocks.{n}"
-        q, k, v = linear(norm(x, f"{block}.norm1"), f"{block}.attn.qkv").view(len(x), 3, V_HEADS, -1).unbind(1)
+        q, k, v = (
+            linear(norm(x, f"{block}.norm1"), f"{block}.attn.qkv").view(len(x), 3, V_HEADS, -1).unbind(1)
+        )
         x = x + linear(attention(rotate(q, angles), rotate(k, angles), v, False), f"{block}.attn.proj")
         inner = linear(norm(x, f"{block}.norm2"), f"{block}.mlp.fc1")
         x = x + linear(inner * (1.702 * inner).sigmoid(), f"{block}.mlp.fc2")
@@ -260,7 +253,8 @@ def by_hand(weights, image, prompt):
         x = x + linear(attention(rotate(q, angles), rotate(k, angles), v, True), f"{layer}.self_attn.o_proj")
         y = rms(x, f"{layer}.post_attention_layernorm")
         x = x + linear(
-            F.silu(linear(y, f"{layer}.mlp.gate_proj")) * linear(y, f"{layer}.mlp.up_proj"), f"{layer}.mlp.down_proj"
+            F.silu(linear(y, f"{layer}.mlp.gate_proj")) * linear(y, f"{layer}.mlp.up_proj"),
+            f"{layer}.mlp.down_proj",
         )
     y = rms(x, "model.norm")[max(n for n, token in enumerate(ids.tolist()) if token == special["<|Reward|>"])]
     return linear(linear(linear(y, "rm_head.0").relu(), "rm_head.3").relu(), "rm_head.5").tolist()
@@ -273,75 +267,64 @@ def test_hpsv3_is_the_forward_by_hand(base, checkpoint):
     weights = load_file(Path(checkpoint) / "HPSv3.safetensors")
     images = pictures(*SIZES)
     wanted = [by_hand(weights, image, prompt)[0] for image, prompt in zip(images, PROMPTS)]
-    reward = get_reward(f"hpsv3:{checkpoint}?base={base}&batch=3", "cpu")
-    reward.check(PROMPTS)
-    reward.load()
-    got = [reward(image[None], [prompt])[0].item() for image, prompt in zip(images, PROMPTS)]
-    assert got == pytest.approx(wanted, abs=2e-5)
+    score = partial(hpsv3, model=checkpoint, base=base, device="cpu")
+    assert one_by_one(score, images, PROMPTS) == pytest.approx(wanted, abs=2e-5)
     assert np.std(wanted) > 0.02
     # in batches, in which shorter prompts are padded
     image = images[1][None].expand(4, -1, -1, -1)
     alone = [by_hand(weights, image[0], prompt)[0] for prompt in PROMPTS]
-    assert reward(image, PROMPTS)[0].tolist() == pytest.approx(alone, abs=2e-5)
-    file = get_reward(f"hpsv3:{checkpoint}/HPSv3.safetensors?base={base}", "cpu")
-    assert torch.allclose(file(image, PROMPTS)[0], reward(image, PROMPTS)[0], atol=2e-5)
+    assert score(image, PROMPTS, batch=3).tolist() == pytest.approx(alone, abs=2e-5)
+    file = score(image, PROMPTS, model=f"{checkpoint}/HPSv3.safetensors")
+    assert torch.allclose(file, score(image, PROMPTS), atol=2e-5)
+
+
+def one_by_one(score, images, prompts):
+    return [score(image[None], [prompt]).item() for image, prompt in zip(images, prompts)]
 
 
 def test_hpsv3_is_what_the_published_package_gives(base, checkpoint):
-    """The numbers are those of the package's own classes (hpsv3 1.0.0, transformers 4.45.2; in float32, but for rounded
-    frequencies of the rotary embedding) with these weights, tokens and texts, written down once."""
-    reward = get_reward(f"hpsv3:{checkpoint}?base={base}", "cpu")
+    """What the package's own classes gave for these weights, tokens and texts (hpsv3 1.0.0, transformers
+    4.45.2; in float32 except for rounded frequencies of the rotary embedding), written down once."""
+    score = partial(hpsv3, model=checkpoint, base=base, device="cpu")
     images, prompts = pictures(*SIZES[:3]), [PROMPTS[0], PROMPTS[1], PROMPTS[3]]
-    got = [reward(image[None], [prompt])[0].item() for image, prompt in zip(images, prompts)]
-    assert got == pytest.approx([-0.4358507, -0.3127409, -0.2426641], abs=1e-6)
+    assert one_by_one(score, images, prompts) == pytest.approx([-0.4358507, -0.3127409, -0.2426641], abs=1e-6)
     batch = images[1][None].expand(3, -1, -1, -1)
-    assert reward(batch, prompts)[0].tolist() == pytest.approx([-0.3688053, -0.3127409, -0.2986031], abs=1e-6)
+    assert score(batch, prompts).tolist() == pytest.approx([-0.3688053, -0.3127409, -0.2986031], abs=1e-6)
 
 
 @pytest.mark.parametrize(
-    "drop,add,told",
+    "drop,add,words",
     [
-        ("model.layers.1.mlp.up_proj.weight", "", r"no weights for language_model.layers.1.mlp.up_proj.weight"),
+        (
+            "model.layers.1.mlp.up_proj.weight",
+            "",
+            r"no weights for language_model.layers.1.mlp.up_proj.weight",
+        ),
         ("visual.merger.ln_q.bias", "", r"no weights for visual.merger.ln_q.bias"),
-        ("lm_head.weight", "", "lm_head.weight"),
         ("rm_head.3.bias", "", "3.bias"),
-        ("", "model.layers.2.mlp.up_proj.weight", r"too many: language_model.layers.2.mlp.up_proj.weight"),
-        ("", "visual.extra.bias", r"too many: visual.extra.bias"),
-        ("", "extra", "too many: extra"),
         ("", "rm_head.7.bias", "7.bias"),
         ("model.norm.weight", "model.norm.scale", "no weights for language_model.norm.weight"),
         ("model.embed_tokens.weight", "model.embed_tokens.weight", "embed_tokens"),  # of another size
     ],
 )
-def test_names_too_few_or_too_many_are_an_error(base, checkpoint, tmp_path, drop, add, told):
+def test_missing_weights_are_an_error(base, checkpoint, tmp_path, drop, add, words):
     weights = load_file(Path(checkpoint) / "HPSv3.safetensors")
     weights = {name: value for name, value in weights.items() if name != drop}
     if add:
         weights[add] = torch.zeros(5, WIDTH)
     save_file(weights, tmp_path / "HPSv3.safetensors")
-    reward = get_reward(f"hpsv3:{tmp_path}?base={base}", "cpu")
-    with pytest.raises(RewardError, match=rf"the reward hpsv3.*cannot be loaded as HPSv3.*{told}") as error:
-        reward.load()
-    assert error.value.exit_status == 2 and not rewards.LOADED
+    with pytest.raises((ValueError, RuntimeError), match=words):
+        rewards.load_hpsv3(str(tmp_path), base, "cpu")
 
 
-def test_a_package_of_another_form_is_told(base, checkpoint, tmp_path):
-    (tmp_path / "hpsv3" / "dataset" / "data_collator_qwen.py").write_text('INSTRUCTION = "{text_prompt}"\n')
-    with pytest.raises(RewardError, match=r"cannot be loaded as HPSv3.*prompt_with_special_token"):
-        get_reward(f"hpsv3:{checkpoint}?base={base}", "cpu").load()
-    (tmp_path / "hpsv3" / "dataset" / "data_collator_qwen.py").unlink()
-    with pytest.raises(RewardError, match=r"cannot be loaded as HPSv3.*data_collator_qwen.py"):
-        get_reward(f"hpsv3:{checkpoint}?base={base}", "cpu").load()
-
-
-def test_both_move_away_with_offload(base, checkpoint, monkeypatch):
-    reward = get_reward(f"hpsv3:{checkpoint}?base={base}", "cpu", offload=True)
-    reward.load()
+def test_both_parts_move_away_with_offload(base, checkpoint, monkeypatch):
+    monkeypatch.setitem(rewards.REWARDS, "hpsv3", rewards.Entry(partial(hpsv3, base=base)))
+    reward = rewards.get_reward(f"hpsv3:{checkpoint}", "cpu", offload=True)
+    reward.load(["a dog"])
     ((both, *_),) = rewards.LOADED.values()
     places, move = [], both.to
     monkeypatch.setattr(both, "to", lambda place: places.append(place) or move(place))
     reward(pictures((32, 32))[0][None], ["a dog"])
     assert places == ["cpu", "cpu"] and not any(p.requires_grad for p in both.parameters())
-    assert sum(p.numel() for p in both.parameters()) == sum(
-        value.numel() for name, value in published_weights(263).items() if name != "lm_head.weight"
-    )
+    total = sum(value.numel() for name, value in published_weights(263).items() if name != "lm_head.weight")
+    assert sum(p.numel() for p in both.parameters()) == total

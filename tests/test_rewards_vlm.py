@@ -1,23 +1,27 @@
-"""vlm in rewards.py, against a real HTTP server on the loopback; ocr, for real, where RapidOCR is installed."""
+"""vlm in rewards.py against a real server on the loopback; ocr, for real, if RapidOCR is installed."""
 
 import base64
 import io
 import itertools
 import random
-import sys
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import rewards
-from rewards import RewardError, get_reward, read_score
+from rewards import get_reward, read_score, vlm
+
+
+@pytest.fixture
+def sleeps(monkeypatch):
+    """The seconds that vlm waits, without waiting."""
+    seconds = []
+    monkeypatch.setattr(rewards.time, "sleep", seconds.append)
+    return seconds
 
 
 def content(body):
@@ -38,7 +42,10 @@ def test_each_picture_is_asked_about_with_its_prompt(serve):
     def answer(body):
         picture, text = content(body)
         assert picture.shape == (12, 20, 3)
-        return 200, f"It is {len(text)} letters long.\nScore: {picture[0, 0, 0] / 10 + ('twice' in text) * 5:.1f}/10"
+        return (
+            200,
+            f"It is {len(text)} letters long.\nScore: {picture[0, 0, 0] / 10 + ('twice' in text) * 5:.1f}/10",
+        )
 
     server = serve(answer)
     scores, parts = get_reward(f"vlm:{server.url}=2")(grey(10, 20, 30), ["once", "twice", "once"])
@@ -48,18 +55,14 @@ def test_each_picture_is_asked_about_with_its_prompt(serve):
     assert {request["path"] for request in server.requests} == {"/v1/chat/completions"}
 
 
-def test_model_question_and_scale_can_be_set(serve, monkeypatch, tmp_path):
+def test_model_question_scale_and_key_can_be_set(serve, monkeypatch):
     monkeypatch.setenv("VLM_API_KEY", "open sesame")
     server = serve(lambda body: (200, "Final Score: 4"))
-    spec = f"vlm:{server.url}?model=mine&scale=5&question=Is+it%2C+say%2C+%7Bprompt%7D%3F=0.5"
-    total, _ = get_reward(spec)(grey(1), ["a dog"])
-    assert total.tolist() == pytest.approx([0.5 * 0.8])
+    scores = vlm(grey(1), ["a dog"], server.url, model="mine", scale=5, question="Is it, say, {prompt}?")
+    assert scores.tolist() == pytest.approx([0.8])
     (request,) = server.requests
     assert request["model"] == "mine" and request["key"] == "Bearer open sesame"
     assert content(request)[1] == "Is it, say, a dog?"
-    (tmp_path / "question.txt").write_text("Rate {prompt}, please.")
-    get_reward(f"vlm:{server.url}?question=@{tmp_path}/question.txt")(grey(1), ["a cat"])
-    assert content(server.requests[1])[1] == "Rate a cat, please."
 
 
 def test_requests_run_side_by_side(serve):
@@ -71,83 +74,57 @@ def test_requests_run_side_by_side(serve):
         return 200, str(content(body)[0][0, 0, 0] % 11)
 
     server = serve(answer)
-    scores, _ = get_reward(f"vlm:{server.url}?workers=8")(grey(*range(16)), ["p"] * 16)
+    scores = vlm(grey(*range(16)), ["p"] * 16, server.url, workers=8)
     assert server.most == 8 and not eight.broken
     assert scores.tolist() == pytest.approx([n % 11 / 10 for n in range(16)])
 
 
-def test_a_server_that_fails_at_first_is_asked_again(serve):
+def test_a_server_that_fails_at_first_is_asked_again(serve, sleeps):
     count = itertools.count()
-    answers = [(500, b"overloaded"), (429, b"{}"), (200, b"<html>"), (200, "7")]
+    answers = [(500, b"overloaded"), (200, b'{"error": "busy"}'), (200, b"<html>"), (200, "7")]
     server = serve(lambda body: answers[min(next(count), 3)])
-    scores, _ = get_reward(f"vlm:{server.url}")(grey(1), ["p"])
-    assert scores.tolist() == pytest.approx([0.7]) and len(server.requests) == 4
+    assert vlm(grey(1), ["p"], server.url).tolist() == pytest.approx([0.7])
+    assert sleeps == [1, 5, 25] and [request["temperature"] for request in server.requests] == [0] * 4
 
 
-def test_an_answer_without_a_number_is_asked_for_again_and_then_an_error(serve):
+def test_an_answer_without_a_score_is_asked_for_again_and_then_an_error(serve, sleeps):
     count = itertools.count()
     server = serve(lambda body: (200, "I like it" if next(count) < 2 else "Score: 6"))
-    assert get_reward(f"vlm:{server.url}")(grey(1), ["p"])[0].tolist() == pytest.approx([0.6])
-    assert [request["temperature"] for request in server.requests] == [0, 0.5, 1]
+    assert vlm(grey(1), ["p"], server.url).tolist() == pytest.approx([0.6])
+    assert [request["temperature"] for request in server.requests] == [0, 1, 1]
     server = serve(lambda body: (200, "I like it"))
-    with pytest.raises(
-        RewardError, match=r"the reward vlm:.*no score from 0 to 10 for 'a dog' but 'I like it'"
-    ) as error:
+    with pytest.raises(SystemExit, match=r"the reward vlm:.*no score from 0 to 10 for 'a dog' .*'I like it'"):
         get_reward(f"vlm:{server.url}")(grey(1, 2), ["a dog", "a dog"])
-    assert error.value.exit_status == 1
 
 
-def test_a_slow_server_is_waited_for_within_the_time_out(serve):
-    server = serve(lambda body: (time.sleep(0.6), (200, "5"))[1])
-    assert get_reward(f"vlm:{server.url}?timeout=30")(grey(1), ["p"])[0].tolist() == pytest.approx([0.5])
+def test_a_server_that_is_slow_refuses_or_is_not_there(serve, sleeps):
     given_up = threading.Event()
     server = serve(lambda body: (200, "5" if given_up.wait(60) else "6"))  # answers when it is too late
-    with pytest.raises(RewardError, match=r"no answer within the time-out.*timed out") as error:
-        get_reward(f"vlm:{server.url}?timeout=1&model=m")(grey(1, 2), ["p", "p"])
+    with pytest.raises(RuntimeError, match="timed out"):
+        vlm(grey(1), ["p"], server.url, model="m", timeout=0.2)
     given_up.set()
-    assert error.value.exit_status == 1 and len(server.requests) <= 2  # none is asked twice
-
-
-class Clock:
-    """In place of the module time, for one thread: who sleeps moves it on."""
-
-    def __init__(self):
-        self.sleeps = []
-
-    def monotonic(self):
-        return sum(self.sleeps)
-
-    def sleep(self, seconds):
-        self.sleeps.append(seconds)
-
-
-def test_a_server_that_never_comes_up_is_an_error_within_the_time_out(monkeypatch):
-    """It is asked again at ever longer intervals while the time-out lasts; of 40 pictures, only about the first."""
+    server = serve(lambda body: (404, b'{"error": "no model nobody"}'))
+    with pytest.raises(RuntimeError, match=r"404.*no model nobody"):
+        vlm(grey(1), ["p"], server.url, model="nobody")
     with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
         port = server.server_port  # free again below
-    monkeypatch.setattr(rewards, "time", clock := Clock())
-    with pytest.raises(RewardError, match=rf"the server at http://127.0.0.1:{port}/v1.*time-out.*refused") as error:
-        get_reward(f"vlm:http://127.0.0.1:{port}/v1?timeout=20&model=m&workers=1")(grey(*range(40)), ["p"] * 40)
-    assert error.value.exit_status == 1 and clock.sleeps == [0.5, 1, 2, 4, 8]  # the next would end after 23.5
-
-
-def test_a_request_that_is_refused_is_not_repeated(serve):
-    server = serve(lambda body: (404, b'{"error": "no model nobody"}'))
-    with pytest.raises(RewardError, match=r"refused: status 404.*no model nobody"):
-        get_reward(f"vlm:{server.url}?model=nobody")(grey(1), ["p"])
-    assert len(server.requests) == 1
-    server = serve(lambda body: (200, b'{"choices": []}'))
-    with pytest.raises(RewardError, match="no chat completion"):
-        get_reward(f"vlm:{server.url}")(grey(1), ["p"])
+    with pytest.raises(SystemExit, match=f"error: the reward vlm:.*{port}/v1 .*refused"):
+        get_reward(f"vlm:http://127.0.0.1:{port}/v1").load(["p"])
+    for spec in ("vlm", "vlm:localhost"):
+        with pytest.raises(SystemExit, match=f"error: the reward {spec} .*url"):
+            get_reward(spec).load(["p"])
 
 
 @pytest.mark.parametrize(
     "answer,score",
     [
-        ("8", 8), ("7.5", 7.5), ("0", 0), ("10", 10), ("Score: 8", 8), ("**Score:** 8.0", 8), ("Final Score: 3.5", 3.5),
-        ("score (0-10): 7", 7), ("8/10", 8), ("8 out of 10", 8), ("I see 3 cats and 2 dogs.\nScore: 4/10", 4),
-        ("I would give it a 9.", 9), ("The score is 6", 6), ("Score: 3\nno,\nScore: 5", 5),
-        ("", None), ("good", None), ("3 cats, 2 dogs", None), ("Score: 11", None), ("-3", None), ("100", None),
+        ("8", 8), ("7.5", 7.5), ("0", 0), ("10", 10), ("6,5", 6.5), ("8/10", 8), ("8 out of 10", 8),
+        ("I would give it a 9.", 9), ("Score: 8", 8), ("**Score:** 8.0", 8), ("Final Score: 3.5", 3.5),
+        ("score (0-10): 7", 7), ("Score (0-10): 7 of 3 cats", 7), ("The score is 6", 6), ("Score: 8,5", 8.5),
+        ("I see 3 cats and 2 dogs.\nScore: 4/10", 4), ("Score: 3\nno,\nScore: 5", 5),
+        ("Score: 8/10 (good), earlier Score: 2", 8), ("Score: 3/10. Wait.\nFinal score: 9/10, up from 3", 9),
+        ("", None), ("good", None), ("3 cats, 2 dogs", None), ("Score: 11", None), ("Score: 7-8", None),
+        ("-3", None), ("100", None), ("I give 6,5 of 10", None),
     ],
 )  # fmt: skip
 def test_read_score(answer, score):
@@ -161,7 +138,9 @@ def naive_distance(a, b):
     if not a or not b:
         return len(a) + len(b)
     return min(
-        naive_distance(a[1:], b) + 1, naive_distance(a, b[1:]) + 1, naive_distance(a[1:], b[1:]) + (a[0] != b[0])
+        naive_distance(a[1:], b) + 1,
+        naive_distance(a, b[1:]) + 1,
+        naive_distance(a[1:], b[1:]) + (a[0] != b[0]),
     )
 
 
@@ -184,13 +163,24 @@ def test_text_score(read, wanted, score):
     assert rewards.text_score(read, wanted) == pytest.approx(score)
 
 
-def test_quoted_text(monkeypatch):
-    assert rewards.quoted_text('a sign that says "Open 24" and "no"') == "Open 24"
-    assert rewards.quoted_text("a sign, “Open”") == "Open"
+@pytest.mark.parametrize(
+    "prompt,text",
+    [
+        ('a sign that says "Open 24" and "no"', "Open 24"),
+        ("a sign, “Open”", "Open"),
+        ('a 6" ruler next to a sign that says "OPEN"', "OPEN"),
+        ('a sign that says "OPEN" on a 6" x 8" board', "OPEN"),
+        ('a man of 5\'10" with a 55" TV that shows "24"', "24"),
+        ("a sign", None), ('a "" sign', None), ('a " " sign', None), ('a "sign', None), ('a 6" board"', None),
+    ],
+)  # fmt: skip
+def test_quoted_text(prompt, text, monkeypatch):
+    if text:
+        assert rewards.quoted_text(prompt) == text
+        return
     monkeypatch.setattr(rewards.importlib.util, "find_spec", lambda module: True)
-    for prompt in ("a sign", 'a "" sign', 'a " " sign', 'a "sign'):
-        with pytest.raises(RewardError, match="finds no quoted text"):
-            get_reward("ocr").check(['a sign "yes"', prompt])
+    with pytest.raises(SystemExit, match=r"error: the reward ocr cannot read a prompt: .*no quoted text"):
+        get_reward("ocr").load(['a sign "yes"', prompt])
 
 
 FONTS = [None, "DejaVuSans.ttf", "DejaVuSerif.ttf"]  # None: the one that PIL brings
@@ -213,6 +203,5 @@ def test_ocr_reads_text_in_pictures(font):
     images = torch.stack([written(text, font, size) for text, size in zip(texts, (28, 40, 56))])
     reward, prompts = get_reward("ocr"), [f'a sign that says "{text}"' for text in texts]
     right, wrong = reward(images, prompts)[0], reward(images[1:], prompts[:2])[0]
-    print(font, right.tolist(), wrong.tolist())
     assert right.min() > 0.9 and wrong.max() < 0.4
     assert reward(torch.ones(1, 3, 64, 64), prompts[:1])[0].item() == 0
