@@ -1,16 +1,15 @@
 """The study: which algorithm is better on the tiny model, at equal cost, with error bars.
 
-    python tests/bench.py curves             # every run that is missing, the most wanted first; stop it when you like
-    python tests/bench.py curves --plot      # tests/curves/README.md with all tables, and the figures
+    python tests/study.py run [--only KEY...]   # missing runs, the most important first; repeat it to resume
+    python tests/study.py add FOLDER...         # keep what is to be committed of finished run folders
+    python tests/study.py page                  # tests/curves/README.md and the figures, from committed data
 
-A run is a script's command line, from TABLES, and a seed. Runs in progress are in runs/curves/; a finished one leaves
-tests/curves/NAME-SEED.jsonl, its evaluated iterations, and a line in tests/curves/runs.json: command, commit, machine
-and a fingerprint of its settings. It counts while command and fingerprint are those of the scripts as they are now.
+The text of the page and the rows of its tables are in tests/curves/page.txt: run | other run | claim | by.
+A run is a name, `gcpo flow 0.7 all --chunks 9` (script, sampler, noise, random steps, options), and a seed.
+While it runs it is in runs/study. Committed are its evaluated iterations, its command and its commit.
 """
 
-import dataclasses
-import hashlib
-import importlib
+import argparse
 import json
 import os
 import platform
@@ -19,421 +18,533 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
-import time
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import common
-
 import numpy as np
-from tqdm import tqdm
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
 
 ROOT = Path(__file__).resolve().parents[1]
 CURVES = ROOT / "tests" / "curves"
-SCRIPTS = ("grpo", "gcpo", "tempflow_grpo")
-BUDGET, IMAGES = 360_000, 10_000  # where runs are compared: velocity evaluations, and images scored
-SEEDS, TUNING_SEEDS = 5, (10, 11)
-RATES = {  # half, the script's own, and double
-    "grpo": ("0.00035", "0.0007", "0.0014"),
-    "gcpo": ("0.00035", "0.0007", "0.0014"),
-    "tempflow_grpo": ("0.0005", "0.001", "0.002"),
+BUDGET, HACK_BUDGET = 360_000, 720_000  # velocity evaluations at which runs are compared
+QUIET = 12  # a seed that nothing was tuned on; its runs are timed, with the machine to themselves
+
+# What tuning on seeds 10 and 11 found. Set it before the other runs are made.
+TUNED = {
+    # the scripts' defaults for the tiny model: noise, learning rate, iterations
+    "grpo": ("precise 1.5", "0.0007", 160),
+    "gcpo": ("precise 1.5", "0.0007", 180),
+    "tempflow_grpo": ("precise 1.5", "0.001", 220),
+    # the noise level of each sampler, found with grpo.py on early steps, and the best of the four
+    "flow": "flow 1.5",
+    "precise": "precise 1.5",
+    "dance": "dance 3",
+    "cps": "cps 0.65",
+    "best": "precise 1.5",
 }
-ALL_RATES = ("0.0007", "0.0014", "0.0028")  # GRPO's own was found on early steps; on all nine it may want another
-NOISES = {"dance": ("0.3", "0.5", "0.8", "1.2", "2", "3"), "cps": ("0.5", "0.65", "0.8")}
-NOISE = {"dance": "3", "cps": "0.65"}  # what the study takes of these: the tuning's best
-FIRST = {"GRPO": 0.650, "GCPO": 0.589, "TempFlow-GRPO": 0.707}  # what the study said before, at 140,000 evaluations
-FIRST_BUDGET, FIRST_RATE = 140_000, 2e-3
+RATE = dict(grpo="0.0007", gcpo="0.0007", mixgrpo="0.0007", tempflow_grpo="0.001")  # of a name without one
+HOLE = "--reward tests/tiny/hole.py:colours_and_shapes --eval-reward shapes --kl-coef"
 
 
-class Row(NamedTuple):
-    """A line of a table: a run, and what it is compared with."""
-
+class Row(NamedTuple):  # of a table
     name: str
-    line: str = ""  # script and options; empty where another table has them
-    evals: int = 0  # velocity evaluations an iteration; where chunks are drawn, or cut by the curve, their mean
-    other: str = ""  # the run that it is compared with
-    claim: str = ""  # what a paper says of the two: "better ..." or "worse ..."
+    other: str = ""  # the run it is compared with
+    claim: str = ""  # with the word "worse": that the difference is negative
+    source: str = ""
 
 
-# An iteration of grpo.py and gcpo.py has 96 trajectories of 10 steps, K of them random: 960 + 3 * 96 K evaluations. In
-# its second update gcpo.py makes one more for each trained step of a chunk: 48 K if all are trained.
-FIXED, ADAPTIVE = (f"gcpo --sde-steps all --chunks {chunks} --chunk-fraction" for chunks in ("2,3,4", "adaptive"))
-COST = {"grpo": 2400, "gcpo": 2640, "tempflow_grpo": 2448}
-# The most wanted first; what depends on the tuning comes after it.
-TABLES = {
-    "main": [
-        Row("grpo", "grpo", COST["grpo"]),
-        Row("gcpo", "gcpo", COST["gcpo"], "grpo", "better [GC]"),
-        Row("tempflow_grpo", "tempflow_grpo", COST["tempflow_grpo"], "grpo", "better [TF]"),
-    ],
-    "like for like": [
-        Row("grpo-all", "grpo --sde-steps all", 3552),
-        Row("grpo", other="grpo-all"),
-        Row("grpo-5", "grpo --sde-steps 5", 2400, "grpo-all"),
-        Row("gcpo-fixed-all", f"{FIXED} 1", 3984, "grpo-all", "better: one ratio a chunk [GC]"),
-        Row("gcpo-fixed-half", f"{FIXED} 0.5", 2976, "gcpo-fixed-all"),
-        Row("gcpo-fixed-half", other="grpo-5", claim="better: one ratio a chunk, same share [GC]"),
-        Row("gcpo-adaptive-all", f"{ADAPTIVE} 1", 3958, "gcpo-fixed-all", "better: adaptive chunks [GC]"),
-        Row("gcpo-adaptive-half", f"{ADAPTIVE} 0.5", 2862, "gcpo-fixed-half", "better: adaptive chunks [GC]"),
-        Row("gcpo-weighted", f"{ADAPTIVE} 0.5 --weighted-sampling", 2850, "gcpo-adaptive-half",
-            "better: weighted sampling [GC]"),
-        Row("gcpo-one-chunk", "gcpo --sde-steps all --chunks 9 --chunk-fraction 1", 3984, "gcpo-adaptive-all",
-            "worse: one chunk of all steps [GC]"),
-    ],
-    "TempFlow-GRPO": [
-        Row("tempflow_grpo", other="grpo-all", claim="better: all steps in both [TF]"),
-        Row("tempflow-unweighted", "tempflow_grpo --weighting none", 2448, "tempflow_grpo", "worse: no weights [TF]"),
-        Row("tempflow-prompt-group", "tempflow_grpo --group prompt", 2448, "tempflow_grpo",
-            "worse: groups of a prompt [TF]"),
-        Row("tempflow-early", "tempflow_grpo --sde-steps early", 1840, "tempflow_grpo",
-            "better, if early steps decide most [TF]"),
-        Row("tempflow-early", other="grpo", claim="better: early steps in both [TF]"),
-    ],
-    "17 steps": [
-        Row("grpo-17", "grpo --steps 17 --sde-steps all", 6240),
-        Row("gcpo-17", "gcpo --steps 17 --sde-steps all --chunks 2,3,4,7 --chunk-fraction 0.5", 4320, "grpo-17",
-            "better [GC]"),
-    ],
-    "tuning": [
-        *(Row(f"tuning-{script}-{rate}", f"{script} --learning-rate {rate}", COST[script],
-              f"tuning-{script}-{rates[1]}") for script, rates in RATES.items() for rate in rates),
-        *(Row(f"tuning-grpo-all-{rate}", f"grpo --sde-steps all --learning-rate {rate}", 3552,
-              f"tuning-grpo-all-{ALL_RATES[0]}") for rate in ALL_RATES),
-        *(Row(f"tuning-{sde}-{a}", f"grpo --sde {sde} --noise-level {a}", 2400, f"tuning-{sde}-{NOISE[sde]}")
-          for sde in NOISES for a in NOISES[sde]),
-    ],
-    "noise": [
-        Row("grpo"),
-        Row("grpo-3", "grpo --sde-steps 3", 1824, "grpo"),
-        Row("grpo-dance", f"grpo --sde dance --noise-level {NOISE['dance']}", 2400, "grpo"),
-        Row("grpo-cps", f"grpo --sde cps --noise-level {NOISE['cps']}", 2400, "grpo", "better [CPS]"),
-    ],
-}  # fmt: skip
-RUNS = {row.name: row for rows in TABLES.values() for row in rows if row.line}
-QUESTIONS = {
-    "main": "The three scripts with their defaults.",
-    "like for like": "What is the effect of the chunk, and what that of the share of steps that is trained? All nine "
-    "steps are random, but in `grpo` the first five, and in `grpo-5` five drawn in each iteration. Half of the chunks "
-    "are six steps, or a little less.",
-    "TempFlow-GRPO": "Against GRPO on the same steps; what its parts add; branches at the first five of nine steps.",
-    "17 steps": "The steps and chunks of [GC] on this model, half of the chunks trained.",
-    "tuning": "Against the value that the study has; where the difference is positive, another is better. Seeds 10 and "
-    "11, which are not the study's; two seeds make wide intervals. The runs on all nine steps have "
-    "the rate that was found on early ones; `tuning-grpo-all` asks whether they want another.",
-    "noise": "Other random steps, with a noise level tuned for each, and three steps drawn in each iteration.",
-}
+def plain(name):
+    """A name without the learning rate that it would have anyway."""
+    return name.removesuffix(f" --learning-rate {RATE.get(name.split(' ')[0])}")
+
+
+STEPS = {"grpo": "early", "gcpo": "early --chunks halves --chunk-fraction 1", "tempflow_grpo": "all"}
+SCRIPTS = tuple(STEPS)
+DEFAULT = {s: plain(f"{s} {TUNED[s][0]} {STEPS[s]} --learning-rate {TUNED[s][1]}") for s in STEPS}
+
+
+def read_page():
+    """The text of page.txt with {} for each table, and the tables: (rows, seeds)."""
+    places = {name: value if isinstance(value, str) else value[0] for name, value in TUNED.items()}
+    places |= dict(zip("GCT", DEFAULT.values())) | {"hole": HOLE}
+    tables = []
+
+    def read(match):
+        lines = match[2].format(**places).strip().splitlines()
+        rows = [Row(*(plain(cell.strip()) for cell in line.split("|"))) for line in lines]
+        tables.append((rows, tuple(map(int, match[1].split()))))
+        return f"{{tables[{len(tables) - 1}]}}"
+
+    text = (CURVES / "page.txt").read_text("utf-8")
+    return re.sub(r"(?ms)^\[rows ([\d ]+)$(.*?)^\]$", read, text), tables
+
+
+TEXT, TABLES = read_page()
+
+
+def evals_of(name):
+    """Velocity evaluations per iteration. Transitions of advantage 0 count, though they are left out."""
+    script, _, _, steps, *_ = name.split()
+    options = dict(re.findall(r"--(\S+) (?!--)(\S+)", name))
+    T = int(options.get("steps", 10))
+    K = {"all": T - 1, "early": T // 2}.get(steps) or int(steps)
+    if script == "tempflow_grpo":  # 8 trunks with 6 branches at each step
+        return 8 * (4 * K + 6 * sum(T - 1 - step for step in range(K)))
+    if script != "gcpo":
+        return 96 * (T + 3 * K + K * (float(options.get("kl-coef", 0)) > 0))
+    if options["chunks"] == "adaptive":  # the mean of the runs, as their number varies
+        return 3958 if options["chunk-fraction"] == "1" else 2850 if "weighted" in name else 2862
+    chunks = 2 if options["chunks"] == "halves" else options["chunks"].count(",") + 1
+    share = int(float(options["chunk-fraction"]) * chunks + 0.5) / chunks
+    return int(96 * (T + 3.5 * K * share))  # gcpo.py's second update takes one more for each step
+
+
+def budget_of(name):
+    return HACK_BUDGET if HOLE in name else BUDGET
 
 
 def command(name, seed):
-    """The command line of a run, without its --output. Its iterations are those that pass BUDGET, at an evaluation.
-
-    The three scripts themselves run with nothing but their names: to the end of their defaults, which is later.
-    """
-    script, _, options = RUNS[name].line.partition(" ")
-    if not options:
-        return f"python {script}.py --seed {seed}"
-    iterations = -(-BUDGET // (10 * RUNS[name].evals)) * 10
-    return f"python {script}.py {options} --iterations {iterations} --eval-every 10 --seed {seed}".replace("  ", " ")
+    """A run's command line. It ends at the first evaluation past the budget, a run with defaults later."""
+    script, sde, level, steps, *more = name.split()
+    own = name in DEFAULT.values()
+    iterations = TUNED[script][2] if own else -(-budget_of(name) // (10 * evals_of(name))) * 10
+    rate = [] if "--learning-rate" in name else ["--learning-rate", RATE[script]]
+    fixed = f"python {script}.py --sde {sde} --noise-level {level} --sde-steps {steps}"
+    return " ".join([fixed, *rate, *more, f"--iterations {iterations} --eval-every 10 --seed {seed}"])
 
 
-def jobs_of(seeds):
-    """(name, seed) of every run, the most wanted first: table by table, and seed by seed in each."""
-    seeds_in = {title: TUNING_SEEDS if title == "tuning" else range(seeds) for title in TABLES}
-    return [(row.name, seed) for title, rows in TABLES.items() for seed in seeds_in[title] for row in rows if row.line]
+def key_of(name, seed):
+    """A run's name in runs.json and of its .jsonl: without dashes, commas and paths."""
+    short = name.replace(HOLE, "hole kl").replace("--", "").replace("chunk-fraction", "of").replace(",", "")
+    return "-".join([*short.split(), str(seed)])
 
 
-def settings_of(name, seed):
-    """The settings that the command means now, with the script's defaults, and the hashes of its prompts."""
-    _, script, *options = command(name, seed).split()
-    module = importlib.import_module(script.removesuffix(".py"))
-    args = common.parse_args(module.Args, module.DEFAULTS, [*options, "--output", "runs/none"])
-    return dataclasses.asdict(args), common.prompts_hashes(args)
+def jobs():
+    """(name, seed) of all runs: tuning, then table by table as on the page, in each seed by seed."""
+    found = {}
+    for rows, seeds in [TABLES[-1], *TABLES[:-1]]:
+        names = dict.fromkeys(name for row in rows for name in row[:2] if name)
+        found |= dict.fromkeys((name, seed) for seed in seeds for name in names)
+    return [*found, *((name, QUIET) for name in DEFAULT.values())]
 
 
-def fingerprint(settings, prompts):
-    """A hash of what decides a run's numbers. What is off does not count: a new option leaves old runs as they are.
-
-    prompts: hashes of the prompts, which stand for the paths of the files.
-    """
-    free = "output resume wandb device micro_batch save_every prompts eval_prompts".split()
-    counted = {name: value for name, value in settings.items() if value and name not in free}
-    return hashlib.sha256(json.dumps([counted, prompts], sort_keys=True).encode()).hexdigest()[:12]
+def options_of(command):
+    """{option: value} of a command line, without those that change no number of an iteration."""
+    free, options = ("iterations", "eval-every", "output", "resume"), r"--(\S+)(?: (?!--)(\S+))?"
+    return {option: value for option, value in re.findall(options, command) if option not in free}
 
 
 def read_runs(folder=CURVES):
-    """{name-seed: command, fingerprint, commit, machine ...} of the runs that are there, whatever their settings."""
+    """{key: command, commit, machine, ...} of the runs in a folder."""
     path = folder / "runs.json"
     return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
 
 def load(folder=CURVES):
-    """{name: {seed: its lines of metrics}} of the runs that are there with the command and settings of now."""
-    runs = {name: {} for name in RUNS}
-    for key, run in read_runs(folder).items():
-        name, seed = key.rsplit("-", 1)
-        current = name in RUNS and run["command"] == command(name, seed)
-        if current and run["settings"] == fingerprint(*settings_of(name, seed)):
-            text = (folder / f"{key}.jsonl").read_text("utf-8")
-            runs[name][int(seed)] = [json.loads(line) for line in text.splitlines()]
+    """{(name, seed): lines of metrics} of the runs in a folder."""
+    made, runs = read_runs(folder), {}
+    for job, key in [(job, key_of(*job)) for job in jobs() if key_of(*job) in made]:
+        if options_of(made[key]["command"]) == options_of(command(*job)):
+            lines = (folder / f"{key}.jsonl").read_text("utf-8").splitlines()
+            runs[job] = [json.loads(line) for line in lines]
     return runs
 
 
-# ---------------------------------------------------------------- the runs
+# ---------------------------------------------------------------- making runs
 
 
-def start(name, seed, work):
-    """Start a run in a process of its own with one thread, or go on with it where it was stopped."""
-    folder = work / f"{name}-{seed}"
-    config, (settings, prompts) = folder / "config.json", settings_of(name, seed)
-    config = json.loads(config.read_text("utf-8")) if config.exists() else {}
-    if config.get("settings") == settings | {"output": str(folder)} and config["prompts_sha256"] == prompts:
-        options = ["--resume", str(folder)]
-    else:  # nothing is there, or the command or the script's defaults have changed since
-        shutil.rmtree(folder, ignore_errors=True)
-        options = [*command(name, seed).split()[2:], "--output", str(folder)]
-    work.mkdir(parents=True, exist_ok=True)
-    with open(work / f"{name}-{seed}.log", "w", encoding="utf-8") as log:
-        return subprocess.Popen(
-            [sys.executable, command(name, seed).split()[1], *options],
-            cwd=ROOT,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            start_new_session=True,  # a Ctrl-C reaches the runs once, through run_study
-        )
+def run_of(config):
+    """(name, seed) of the run with the settings of a config.json: the one with most options that agrees."""
+    given, settings, found = options_of(config["command"]), config["settings"], []
+
+    def agrees(option, value):
+        setting = settings.get(option.replace("-", "_"))
+        if isinstance(setting, bool) or not isinstance(setting, int | float):
+            return setting is True if value == "" else str(setting).endswith(value)  # a path may be absolute
+        return setting == float(value)
+
+    for job in jobs():
+        options = options_of(command(*job))
+        ours = config["script"] in (job[0].split()[0], "grpo" if "window" in job[0] else "")
+        if ours and not given.keys() - options.keys() and all(agrees(*pair) for pair in options.items()):
+            found.append((len(options), job))
+    if not found:
+        raise SystemExit(f"error: no row has a run with these settings: {config['command']}")
+    return max(found)[1]
 
 
-def keep(name, seed, work, curves):
-    """Copy what is to be committed of a finished run: its evaluated iterations, and how it was made.
+def add(folder, curves=CURVES, commit=None):
+    """Keep what is to be committed of a finished run: its evaluated iterations, and a line in runs.json.
 
-    Numbers have five digits. Seconds are left out, what is there twice, and lists by step. Of seed 0 of each script
-    the lists are kept, and its seconds in all. Returns in words what came out.
+    Numbers have five digits. Left out are seconds of phases, parts of rewards that say the same and, but for
+    seed 0 of gcpo.py and tempflow_grpo.py, lists by step. `seconds` is the training up to a line.
     """
-    folder, by_step, cpu = work / f"{name}-{seed}", name in SCRIPTS and seed == 0, Path("/proc/cpuinfo")
-
-    def wanted(key, value):
-        return not (key.endswith("_s") or "/" in key or (isinstance(value, list) and not by_step))
-
     config = json.loads((folder / "config.json").read_text("utf-8"))
-    text = (folder / "metrics.jsonl").read_text("utf-8")
-    lines = [json.loads(line, parse_float=lambda digits: float(f"{float(digits):.5g}")) for line in text.splitlines()]
-    seconds = sum(value for line in lines for key, value in line.items() if key.endswith("_s"))
-    lines = [{k: v for k, v in line.items() if wanted(k, v)} for line in lines if "eval_reward" in line]
+    (name, seed), settings = run_of(config), config["settings"]
+    text = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    lines = [json.loads(line, parse_float=lambda digits: float(f"{float(digits):.5g}")) for line in text]
+    commit, last = commit or config["commit"], lines[-1]["iteration"]
+    if not commit or last * evals_of(name) < budget_of(name) or last < settings["iterations"]:
+        raise SystemExit(f"error: {folder} is not finished, or has no commit; give --commit")
+    lists, kept, seconds = seed == 0 and name.split()[0] != "grpo", "", 0.0
+
+    def keeps(key, value, reward):
+        twice = key.startswith(("reward/", "reward_std/")) or (key.startswith("eval/") and value == reward)
+        return not (twice or key.endswith("_s") or (isinstance(value, list) and not lists))
+
+    for line in lines:
+        seconds += sum(line.get(f"{phase}_s", 0) for phase in ("rollout", "reward", "train"))
+        if "eval_reward" in line:
+            line = {key: value for key, value in line.items() if keeps(key, value, line["eval_reward"])}
+            kept += json.dumps(line | {"seconds": round(seconds)}) + "\n"
+    cpu = Path("/proc/cpuinfo")
+    cpus = re.findall("model name.*: (.*)", cpu.read_text() if cpu.exists() else "") or [platform.machine()]
     curves.mkdir(parents=True, exist_ok=True)
-    (curves / f"{name}-{seed}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
-    processor = re.findall("model name.*: (.*)", cpu.read_text() if cpu.exists() else "") or [platform.machine()]
-    runs = read_runs(curves)
-    runs[f"{name}-{seed}"] = {
-        "command": command(name, seed),
-        "settings": fingerprint(config["settings"], config["prompts_sha256"]),
-        "commit": config["commit"],
-        "machine": f"{config['settings']['device']}, {processor[0]}, one thread",
-        "versions": config["versions"],
-        "resumed": len(config.get("resumed", [])),
-        "seconds": round(seconds) if by_step else None,
-    }
+    (curves / f"{key_of(name, seed)}.jsonl").write_text(kept, "utf-8")
+    exact = re.sub(r"--iterations \d+", f"--iterations {settings['iterations']}", command(name, seed))
+    made = {"command": exact, "commit": commit, "machine": f"{settings['device']}, {cpus[0]}, one thread"}
+    made |= {"versions": config["versions"], "seconds": round(seconds)}
+    runs = read_runs(curves) | {key_of(name, seed): made}
     text = ",\n".join(f"{json.dumps(key)}: {json.dumps(runs[key])}" for key in sorted(runs))
     (curves / "runs.json").write_text(f"{{\n{text}\n}}\n", "utf-8")
-    first, last = lines[0], lines[-1]
-    return f"{first['eval_reward']:.3f} -> {last['eval_reward']:.3f} at {last['velocity_evals']:,} evaluations"
+    return f"{name}, seed {seed}: {lines[0]['eval_reward']:.3f} -> {lines[-1]['eval_reward']:.3f}"
 
 
-def run_study(jobs, workers, work=ROOT / "runs" / "curves", curves=CURVES):
-    """Do the jobs that curves does not have, several at a time. Returns the exit status."""
-    have, running, failed = load(curves), {}, 0
-    todo = [(name, seed) for name, seed in jobs if seed not in have[name]]
-    print(f"{len(jobs) - len(todo)} runs are there, {len(todo)} to do, {workers} at a time", flush=True)
+PROCESSES = []
+
+
+def make(name, seed, work=ROOT / "runs" / "study"):
+    """Make a run in a process with one thread, or resume it. Returns its folder and its status."""
+    folder, (_, script, *options) = work / key_of(name, seed), command(name, seed).split()
+    if (folder / "checkpoint.pt").exists():
+        options = ["--resume", str(folder)]
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        options += ["--output", str(folder)]
+    work.mkdir(parents=True, exist_ok=True)
+    more = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "stderr": subprocess.STDOUT}
+    log = open(f"{folder}.log", "w", encoding="utf-8")
+    PROCESSES.append(process := subprocess.Popen([sys.executable, script, *options], stdout=log, **more))
+    return folder, process.wait()
+
+
+def make_all(todo, workers, curves=CURVES):
+    """Make runs, several at a time, and add them. What Ctrl-C stops has saved its last iteration."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with tqdm(total=len(todo), desc="runs") as bar:
-            while todo or running:
-                while todo and len(running) < workers:
-                    job = todo.pop(0)
-                    running[job] = start(*job, work)
-                time.sleep(0.1)
-                for job in [job for job, process in running.items() if process.poll() is not None]:
-                    status, log = running.pop(job).returncode, work / "{}-{}.log".format(*job)
-                    failed += status != 0
-                    ended = f"ended with status {status}: {log.read_text('utf-8')[-300:]}"
-                    bar.write("{}-{}: ".format(*job) + (ended if status else keep(*job, work, curves)))
-                    bar.update()
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # seconds until all have saved
-        for process in running.values():
-            process.terminate()  # it saves and ends
-        for process in running.values():
-            process.wait()
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
-    return 1 if failed else 0
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for folder, status in pool.map(make, *zip(*todo)) if todo else ():
+                print(f"failed, see {folder}.log" if status else add(folder, curves), flush=True)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in PROCESSES:
+                process.terminate()
+            raise SystemExit("stopped; the same command resumes")
 
 
 # ---------------------------------------------------------------- what came out
 
-
-# 97.5% quantiles of Student's t by degrees of freedom: the half width of a 95% interval in standard errors
+# 97.5% quantiles of Student's t by degrees of freedom: half the width of a 95% interval in standard errors
 T_QUANTILE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
-def at(lines, budget=BUDGET, axis="velocity_evals", value="eval_reward"):
-    """A metric where a cost is reached, on the straight line between the two evaluations around it.
-
-    budget: a cost or an array of them; axis: velocity_evals or images, which begin at 0.
-    """
-    cost = [line.get(axis, 0) for line in lines]
-    if cost[-1] < np.max(budget):
-        raise ValueError(f"a run ended at {cost[-1]} {axis}, before {np.max(budget)}")
-    return np.interp(budget, cost, [line.get(value, 0) for line in lines])
+def value_at(name, lines, metric="eval_reward", cost=None):
+    """A metric of a run at a cost (or an array of them), by default its budget, between evaluations."""
+    cost = budget_of(name) if cost is None else cost
+    reached = [line["iteration"] * evals_of(name) for line in lines]
+    if reached[-1] < np.max(cost):
+        raise ValueError(f"a run of {name} ended at {reached[-1]} evaluations, before {np.max(cost)}")
+    return np.interp(cost, reached, [line.get(metric, 0) for line in lines])
 
 
-def mean_interval(values):
-    """Mean over the first axis, of one to ten seeds, and half width of its 95% interval; that of one seed is nan."""
-    values = np.asarray(values, dtype=np.float64)
-    if len(values) == 1:
-        return values[0], values[0] * np.nan
-    return values.mean(0), T_QUANTILE[len(values) - 1] * values.std(0, ddof=1) / len(values) ** 0.5
+def values(runs, name, seeds, metric="eval_reward"):
+    """{seed: metric at the budget} of the runs that are there. Of a hacked reward, the full one counts."""
+    metric = "eval/shapes" if HOLE in name and metric == "eval_reward" else metric
+    return {s: value_at(name, runs[name, s], metric) for s in seeds if (name, s) in runs}
 
 
-def words(values, sign=""):
-    """Mean and interval as text; one seed has no interval."""
-    if not values:
-        return "missing"
-    mean, half = mean_interval(values)
+def mean_interval(numbers):
+    """Mean over the first axis, of at most ten seeds, and half of its 95% interval: nan for a single seed."""
+    numbers = np.asarray(numbers, dtype=np.float64)
+    quantile = T_QUANTILE[len(numbers) - 1] if len(numbers) > 1 else np.nan
+    return numbers.mean(0), quantile * numbers.std(0, ddof=len(numbers) > 1) / len(numbers) ** 0.5
+
+
+def words(numbers, sign=""):
+    """Mean and half interval as text; blank if there is nothing."""
+    if not numbers:
+        return ""
+    mean, half = mean_interval(numbers)
     return f"{mean:{sign}.3f}" + ("" if np.isnan(half) else f" ± {half:.3f}")
 
 
+def effect(runs, row, seeds):
+    """The differences of a row over the random seeds that both runs have."""
+    one, other = (values(runs, name, seeds) for name in row[:2])
+    return [one[seed] - other[seed] for seed in one if seed in other]
+
+
 def verdict(claim, differences):
-    """Whether a claim, "better ..." or "worse ...", holds: whether the whole interval is on its side of 0."""
+    """Whether the whole 95% interval is on the side of 0 that the claim says."""
     if not claim or not differences:
-        return "missing" if claim else ""
+        return "not run" if claim else ""
     mean, half = mean_interval(differences)
-    mean = mean if claim.startswith("better") else -mean
-    return "holds" if mean > half else "does not hold" if mean < -half else "cannot be told"
+    mean = -mean if "worse" in claim else mean
+    return "holds" if mean > half else "does not hold" if mean < -half else "inconclusive"
 
 
-def markdown(header, rows):
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+def markdown(header, cells):
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *cells])
 
 
-def tables(folder=CURVES):
-    """{title: a table of results in markdown}. The README at the top has "main" as it stands here."""
-    runs, found = load(folder), {}
-    reward = {name: {seed: at(lines) for seed, lines in seeds.items()} for name, seeds in runs.items()}
-    for title, rows in TABLES.items():
-        header, cells = "run|held-out reward|difference, same seeds|from|seeds|images scored|claim|verdict", []
-        header += f"|reward at {IMAGES:,} images|seconds on one core" if title == "main" else ""
-        for name, _, _, other, claim in rows:
-            both = [seed for seed in reward[name] if seed in reward.get(other, {})]
-            differences = [reward[name][seed] - reward[other][seed] for seed in both]
-            images = [at(lines, value="images") for lines in runs[name].values()]
-            row = [f"`{name}`", words(list(reward[name].values()))]
-            row += [words(differences, "+"), f"`{other}`"] if other not in ("", name) else ["", ""]
-            row += [str(len(images)), f"{np.mean(images):,.0f}" if images else "missing"]
-            row += [claim, verdict(claim, differences)]
-            if title == "main":
-                row.append(words([at(lines, IMAGES, "images") for lines in runs[name].values()]))
-                one = runs[name].get(0)
-                seconds = one and read_runs(folder)[f"{name}-0"].get("seconds")
-                row.append(f"{seconds * BUDGET / one[-1]['velocity_evals']:.0f}" if seconds else "missing")
-            cells.append(row)
-        found[title] = markdown(header.split("|"), cells)
-    return found
+def claims(runs):
+    """The table of claims, for the page and the README."""
+    cells = []
+    for row, seeds in [(row, seeds) for rows, seeds in TABLES for row in rows if row.claim]:
+        found = effect(runs, row, seeds)
+        images = [list(values(runs, name, seeds, "images").values()) for name in row[:2]]
+        one, other = (np.mean(numbers or 0) for numbers in images)
+        cost = f"{one:,.0f} against {other:,.0f}" if found and abs(one - other) > 0.02 * other else ""
+        shown = words(found, "+"), str(len(found) or ""), verdict(row.claim, found), cost
+        cells.append([row.claim, row.source, *shown])
+    return markdown(["claim", "by", "effect", "seeds", "verdict", "images scored, if different"], cells)
 
 
-README = """# The study: three algorithms on the tiny model, at equal cost
-
-Written by `python tests/bench.py curves --plot` from {count} runs of `python tests/bench.py curves`: `NAME-SEED.jsonl`
-has a run's evaluated iterations, `runs.json` its command, commit, machine and versions.
-
-![Held-out reward over velocity evaluations, the three scripts](curves.png)
-
-- *Held-out reward*: of 48 prompts that are never trained on, four images each, by ODE, when a run has made {budget:,}
-  velocity evaluations in training; 0.502 before. *±*: half of a 95% interval, Student's t over the seeds.
-- *Verdict* on what a paper claims: it holds where the difference's whole interval is on its side of 0, does not hold
-  where the whole is on the other, and else cannot be told. By chance one interval in twenty misses the truth.
-- *Seconds on one core*: to {budget:,} evaluations, from seed 0 of each script, one thread on a core of its own.
-- The defaults of the three scripts were tuned by hand on seeds 0 to 2, so their table tells what tuning can do.
-- Letters in brackets are references of the README at the top.
-
-{first}
-
-{tables}
-![Held-out reward over velocity evaluations, table by table](ablations.png)
-
-## Missing
-
-{missing}
-
-## Commands
-
-`S` is a seed: 0 to {last}, or {tuning} where the name begins with tuning. Evaluations are those of an iteration.
-
-{commands}
-"""
+def table(runs, rows, seeds):
+    """Held-out reward of the runs of a table, and their effects."""
+    others = [Row(row.other) for row in rows if row.other not in ("", *(row.name for row in rows))]
+    cells = []
+    for row in dict.fromkeys([*others, *rows]):
+        reward, found = list(values(runs, row.name, seeds).values()), effect(runs, row, seeds)
+        compared = [words(found, "+"), f"`{row.other}`"] if row.other not in ("", row.name) else ["", ""]
+        seeds_of = str(len(found if compared[1] else reward) or "")
+        cells.append([f"`{row.name}`", words(reward), *compared, seeds_of, verdict(row.claim, found)])
+    return markdown(["run", "held-out reward", "effect", "compared with", "seeds", "verdict"], cells)
 
 
-def report(folder=CURVES):
-    """Write the page of all results, README.md beside the metrics. What is not there is told as missing."""
-    before = ", ".join(f"{name} {reward:.3f}" for name, reward in FIRST.items())
-    first = (
-        f"The first study had a learning rate of {FIRST_RATE:g}, no moving average of the adapter and half of GCPO's "
-        f"chunks, and said at {FIRST_BUDGET:,} velocity evaluations: {before}. Now the rate is "
-        "half of that or less, the average is on, early steps are the default, and like is compared with like: the "
-        "second table asks what of GCPO's deficit was the share of steps left out."
-    )
-    runs, have, missing = load(folder), read_runs(folder), {}
-    for name, seed in jobs_of(SEEDS):
-        if seed not in runs[name]:
-            old = " (made with other settings)" if f"{name}-{seed}" in have else ""
-            missing.setdefault(name, []).append(f"{seed}{old}")
-    missing = [f"- `{name}`: seeds {', '.join(seeds)}" for name, seeds in missing.items()]
-    found, fill = tables(folder), partial(textwrap.fill, width=120)
-    titled = [f"## {title}\n\n{fill(QUESTIONS[title])}\n\n{table}\n" for title, table in found.items()]
-    commands = [[f"`{name}`", f"`{command(name, 'S')}`", f"{RUNS[name].evals:,}"] for name in RUNS]
-    text = README.format(
-        budget=BUDGET,
-        count=sum(map(len, runs.values())),
-        first=fill(first),
-        tables="\n".join(titled),
-        missing="\n".join(missing or ["Nothing."]),
-        last=SEEDS - 1,
-        tuning=" and ".join(map(str, TUNING_SEEDS)),
-        commands=markdown(["run", "command", "evaluations"], commands),
-    )
-    (folder / "README.md").write_text(text, "utf-8")
-    print(f"wrote {folder}/README.md; missing: {len(missing) or 'nothing'}")
+def ends(runs):
+    """The scripts with nothing but their names, to the end of their defaults."""
+    cells = []
+    for script, name in DEFAULT.items():
+        curves = [[line["eval_reward"] for line in runs[name, s]] for s in range(8) if (name, s) in runs]
+        quiet, last = runs.get((name, QUIET), []), [curve[-1] for curve in curves]
+        cells.append([f"`python {script}.py`", str(len(curves) or ""), words(last)])
+        fall = max([max(curve) - curve[-1] for curve in curves], default=0)
+        cells[-1] += [f"{min(last):.3f}", f"{fall:.3f}"] if last else ["", ""]
+        for when in [line for line in quiet if line["eval_reward"] >= 0.85][:1], quiet[-1:]:
+            cells[-1] += ["".join(f"{line['eval_reward']:.3f} in {line['seconds']} s" for line in when)]
+    header = "command|seeds|reward at the end|lowest|largest fall from the best|0.85 on another seed|its end"
+    return markdown(header.split("|"), cells)
 
 
-def draw(axes, runs, names, seeds=False):
-    """Mean curves of the runs that are there, and thin lines for their seeds, or 95% intervals at the end."""
-    cost, lines = np.linspace(0, BUDGET, 97), []
-    for name in filter(runs.get, names):
-        middle, half = mean_interval([at(run, cost) for run in runs[name].values()])
-        lines += axes.plot(cost / 1000, middle, label=f"{name}, {len(runs[name])} seeds")
-        colour = lines[-1].get_color()
-        if seeds:
-            for run in runs[name].values():
-                axes.plot(cost / 1000, at(run, cost), color=colour, alpha=0.4, linewidth=0.8)
-        else:
-            axes.errorbar(BUDGET / 1000 + 5 * len(lines), middle[-1], half[-1], color=colour, fmt="o", capsize=2)
-    axes.set(xlabel="velocity evaluations in training, thousands", ylabel="reward of held-out prompts")
+# ---------------------------------------------------------------- the figures
+
+
+def finish(axes, title="", x="velocity evaluations in training, thousands", y="reward of held-out prompts"):
+    axes.set(title=title, xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)
-    axes.legend(handles=lines, loc="upper left", fontsize="small")
+    if not axes.has_data():
+        return axes.text(0.5, 0.5, "not run", transform=axes.transAxes, ha="center")
+    axes.legend(fontsize="small")
 
 
-def plot(folder=CURVES):
-    """Write curves.png, the three scripts, and ablations.png, the other tables: held-out reward over cost."""
-    from matplotlib.figure import Figure
+def mean_curve(axes, runs, name, label, seeds=range(8), metric="eval_reward", **style):
+    """Mean of a metric over cost, with a thin line per seed."""
+    found = [runs[name, seed] for seed in seeds if (name, seed) in runs]
+    cost = np.linspace(0, budget_of(name), 97)
+    curves = [value_at(name, lines, metric, cost) for lines in found]
+    if curves:
+        (line,) = axes.plot(cost / 1000, np.mean(curves, 0), label=f"{label} ({len(found)} seeds)", **style)
+        axes.plot(cost / 1000, np.transpose(curves), color=line.get_color(), alpha=0.3, linewidth=0.7)
 
-    runs = load(folder)
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    draw(figure.subplots(), runs, SCRIPTS, seeds=True)
-    figure.savefig(folder / "curves.png", dpi=120)
-    figure = Figure(figsize=(13, 10), layout="constrained")
-    titles = [title for title in TABLES if title not in ("main", "tuning")]
-    for axes, title in zip(figure.subplots(2, 2, sharex=True, sharey=True).flat, titles):
-        draw(axes, runs, dict.fromkeys(row.name for row in TABLES[title]))
-        axes.set_title(title)
-    figure.savefig(folder / "ablations.png", dpi=90)
+
+def draw_curves(axes, runs):
+    for script, name in DEFAULT.items():
+        mean_curve(axes[0], runs, name, f"{script}.py")
+        lines = runs.get((name, QUIET), [])
+        points = [(line["seconds"], line["eval_reward"]) for line in lines]
+        axes[2].plot(*zip(*points), label=f"{script}.py") if points else None
+    mean_curve(axes[0], runs, "grpo flow 0.7 early", "grpo.py, flow 0.7", color="0.6")
+    names = [TABLES[2][0][0].other, *(row.name for row in TABLES[2][0]), "grpo flow 0.7 all"]
+    for name, colour in zip(names, ("C0", "C1", "C2", "0.6")):
+        mean_curve(axes[1], runs, name, " ".join(name.split()[:4]), color=colour)
+    finish(axes[0], "with their defaults")
+    finish(axes[1], "all steps")
+    finish(axes[2], f"one run each, seed {QUIET}", "seconds of training on one CPU core")
+
+
+def draw_noise(axes, runs):
+    rows, seeds = TABLES[-1]
+    for number, sde in enumerate(("flow", "precise", "dance", "cps")):
+        mean_curve(axes[0], runs, f"grpo {TUNED[sde]} early", TUNED[sde], range(5), color=f"C{number}")
+        levels = sorted({row.name.split()[2] for row in rows if row.name.split()[1] == sde}, key=float)
+        found = {level: values(runs, f"grpo {sde} {level} early", seeds).values() for level in levels}
+        found = {float(level): np.mean(list(rewards)) for level, rewards in found.items() if rewards}
+        if found:
+            axes[1].plot(found.keys(), found.values(), "o-", color=f"C{number}", label=sde)
+    mean_curve(axes[0], runs, "grpo flow 0.7 early", "flow 0.7", range(5), color="0.6")
+    finish(axes[0], "GRPO on early steps, tuned noise")
+    finish(axes[1], "tuning, mean of seeds 10 and 11", "noise level")
+
+
+def draw_hacking(axes, runs):
+    for number, name in enumerate(row.name for row in TABLES[4][0]):
+        kl, colour = f"KL {name.split()[-1]}", f"C{number}"
+        mean_curve(axes[0], runs, name, f"{kl}, trained reward", color=colour, linestyle="--")
+        mean_curve(axes[0], runs, name, f"{kl}, full reward", metric="eval/shapes", color=colour)
+    finish(axes[0])
+
+
+def draw_chunks(axes, runs):
+    rows, seeds = TABLES[5]
+    for x, name in zip((1, 2, 3, 4.5, 9), (rows[0].other, *(row.name for row in rows))):
+        if numbers := [*values(runs, name, seeds).values()]:
+            mean, half = mean_interval(numbers)
+            axes[0].errorbar(x, mean, np.nan_to_num(half), fmt="o", color="C0", capsize=3, label=f"{x:g}")
+    finish(axes[0], "mean and 95% interval", "steps per chunk")
+
+
+def draw_decided(axes, runs):
+    """By step: spread of the reward over branches, size of the step and its cuts, size of the gradient."""
+
+    def curve(place, metric, label):
+        having = {job: lines for job, lines in runs.items() if job[1] == 0 and metric in lines[-1]}
+        jobs = sorted(having, key=lambda job: (len(having[job][-1][metric]), job[0] in DEFAULT.values()))
+        for job in jobs[-1:]:
+            lines = [line[metric] for line in having[job] if metric in line]
+            axes[place].plot(np.mean(lines, 0), "o-", label=label)
+
+    curve(0, "reward_std_by_step", "branches of a state")
+    curve(1, "l1rel_by_step", "L1rel")
+    curve(1, "chunk_cuts", "share of trajectories cut before it")
+    curve(2, "gradient_by_step", "without weight")
+    curve(2, "gradient_by_step_weighted", "with weight")
+    for one, title in zip(axes, ("std of the reward", "size of the step", "size of the gradient, mean 1")):
+        finish(one, title, "step", "")
+
+
+def draw_way(axes, runs, shown=(0, 16, 32), leave=(-1, 1, 6), noise=("flow", 0.7)):
+    """What the base model would draw if it stopped at each step of an ODE trajectory, and of two branches."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tiny")]
+    import torch
+
+    import common
+    import grpo
+    from shapes import shapes
+
+    args = common.parse_args("grpo", grpo.Args, grpo.DEFAULTS, ["--device", "cpu", "--output", "runs/none"])
+    policy, captions = common.make_policy(args, 48), common.read_prompts(args.eval_prompts)
+    sigmas, (text,), T = policy.sigmas(args.steps), policy.encode(captions), args.steps
+    s, generator = common.noise_scale(sigmas, *noise), common.generator(0, "way", 0)
+    start, index = policy.noise(len(captions), 1, generator), torch.arange(len(captions))
+    tiles, score = np.ones((len(shown), len(leave), T, 40, 36, 3)), {}
+    for row, branch in enumerate(leave):
+        x = start
+        for step in range(T):
+            with torch.no_grad():
+                velocity = policy.velocity_in_micro_batches(x, sigmas[step], text, index)
+            images = policy.decode(x - sigmas[step] * velocity)
+            score[row, step] = shapes(images, captions)
+            if step > branch:
+                tiles[:, row, step, 8:, :32] = images[list(shown)].permute(0, 2, 3, 1)
+            levels = sigmas[step], sigmas[step + 1], s[step] if step == branch else 0.0  # 0: an ODE step
+            mean, std = common.sde_mean_std(x, velocity, *levels, noise[0])
+            x = mean + std * torch.randn(x.shape, generator=generator)
+    axes[0].imshow(tiles.transpose(0, 1, 3, 2, 4, 5).reshape(-1, 36 * T, 3))
+    for n, row, step in np.ndindex(len(shown), len(leave), T):
+        if step > leave[row]:
+            place = 36 * step + 16, 40 * (len(leave) * n + row) + 6
+            axes[0].text(*place, f"{score[row, step][shown[n]]:.2f}", fontsize=7, ha="center")
+    better = torch.stack([score[0, step] for step in range(T - 1)]).amax(0) > score[0, T - 1] + 0.05
+    share = f"an earlier prediction is better by over 0.05: {better.sum()} of {len(captions)} prompts"
+    axes[0].set(title="; ".join(captions[n] for n in shown) + f"\n{share}", xticks=[], yticks=[])
+
+
+def draw_algorithms(axes, runs, steps=6):
+    """What differs between the three algorithms."""
+
+    def path(place, points, random):
+        for n in range(len(points) - 1):
+            colour, width = ("tab:red", 2.2) if n in random else ("0.6", 1.1)
+            arrow = dict(arrowstyle="-|>", color=colour, lw=width, shrinkA=3, shrinkB=3)
+            axes[place].annotate("", points[n + 1], points[n], arrowprops=arrow)
+        axes[place].plot(*zip(*points), "o", color="0.2", ms=3.5)
+
+    for place in (0, 1):
+        for y in range(4):
+            points = [(n, y + 0.13 * (-1) ** n * (0 < n < steps)) for n in range(steps + 1)]
+            path(place, points, range(steps - 1))
+            for x, size in ((0.05, 1.9), (2.05, 2.9)) if place else ():
+                axes[place].add_patch(FancyBboxPatch((x, y - 0.22), size, 0.44, "round,pad=0.03", fc="0.93"))
+    path(2, [(n, 3.4) for n in range(steps + 1)], ())
+    axes[2].text(0.1, 3.6, "trunk, by ODE", fontsize=8, color="0.3")
+    for leave, low in ((0, 1.7), (3, -0.1)):
+        for y in (low, low + 0.45, low + 0.9):
+            path(2, [(leave, 3.4), *((n, y) for n in range(leave + 1, steps + 1))], [0])
+    groups = (0, 0, 3, ""), (1, 0, 3, ""), (2, 1.7, 2.6, "of\nstep 0"), (2, -0.1, 0.8, "of\nstep 3")
+    for place, low, high, text in groups:
+        axes[place].plot(steps + np.array([0.15, 0.3, 0.3, 0.15]), [low, low, high, high], color="tab:blue")
+        axes[place].text(
+            steps + 0.4, (low + high) / 2, f"group {text}", color="tab:blue", va="center", fontsize=8
+        )
+    axes[0].set_title("GRPO: the reward of an image goes\nto each of its random steps alike", fontsize=9)
+    axes[1].set_title("GCPO: the steps of a chunk (box)\nhave one ratio together", fontsize=9)
+    axes[2].set_title("TempFlow-GRPO: a branch has one random\nstep with all of its reward", fontsize=9)
+    for one in axes:
+        one.set(xlim=(-0.3, steps + 1.5), ylim=(-0.5, 3.9), yticks=[], xticks=[0, steps])
+        one.set_xticklabels(["noise", "image"])
+    axes[1].set_xlabel("red: a random step (SDE), trained    grey: an ODE step    blue: compared rewards")
+
+
+FIGURES = {  # width, height, columns
+    "curves": (13, 4, 3, draw_curves),
+    "noise": (10, 4, 2, draw_noise),
+    "hacking": (7, 4, 1, draw_hacking),
+    "chunks": (6, 4, 1, draw_chunks),
+    "decided": (12, 3.5, 3, draw_decided),
+    "way": (10, 10, 1, draw_way),
+    "algorithms": (12, 3.2, 3, draw_algorithms),
+}
+
+
+def page(folder=CURVES, figures=FIGURES):
+    """Write the page and the figures. A missing run leaves a blank."""
+    runs, wanted, missing = load(folder), jobs(), {}
+    for name, seed in [job for job in wanted if job not in runs]:
+        missing.setdefault(name, []).append(str(seed))
+    lines = "".join(f"- `{name}`: {', '.join(seeds)}\n" for name, seeds in missing.items())
+    values = {"have": len(runs), "count": len(wanted), "missing": lines or "None."}
+    values |= {"budget": BUDGET, "hack_budget": HACK_BUDGET, "claims": claims(runs), "ends": ends(runs)}
+    values |= {"tables": [table(runs, *which) for which in TABLES]}
+    (folder / "README.md").write_text(TEXT.format(**values), "utf-8")
+    for name in figures:
+        *size, columns, draw = FIGURES[name]
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure.subplots(1, columns, squeeze=False)[0], runs)
+        figure.savefig(folder / f"{name}.png", dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="what", required=True)
+    options = commands.add_parser("run", help="make missing runs")
+    options.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread")
+    options.add_argument("--only", nargs="+", default=[""], help="parts of their keys, such as grpo-flow-1.5")
+    options = commands.add_parser("add", help="keep finished run folders")
+    options.add_argument("folders", nargs="+", type=Path)
+    options.add_argument("--commit", help="of the code that made them, if config.json does not know it")
+    commands.add_parser("page", help="write page and figures")
+    args = parser.parse_args()
+    if args.what == "page":
+        page()
+    elif args.what == "add":
+        print(*(add(folder, commit=args.commit) for folder in args.folders), sep="\n")
+    else:
+        have, wanted = load(), [job for job in jobs() if any(part in key_of(*job) for part in args.only)]
+        make_all([job for job in wanted if job not in have], args.jobs)
+
+
+if __name__ == "__main__":
+    main()
