@@ -1,35 +1,32 @@
-"""Counts and measurements. Each command is a function below; `python tests/bench.py COMMAND --help` tells its options.
+"""Time and memory of the scripts: counted without a GPU, or measured at true size with random weights.
 
-python tests/bench.py plan --model sd3 --memory 24 --tflops 65   # time and memory of the scripts, by count
-python tests/bench.py plan --model sd3 --sde-steps 3 --guidance 1    # the same, with options of theirs
-python tests/bench.py model --model sd3             # the same calls measured with random weights, on CUDA
-python tests/bench.py iteration --model sd3         # an iteration of each script with random weights, on CUDA
-python tests/bench.py model --model flux --tiny     # the same lines from a toy, on a CPU; iteration has it too
-python tests/bench.py tempflow                      # the savings of tempflow_grpo.py, on the tiny model
-python tests/bench.py processes                     # two processes against one, on a CPU
-python tests/bench.py curves                        # the study of the README; --plot makes its figures
+    python tests/bench.py plan --model sd3 --memory 24 --tflops 65    # counted, for any card
+    python tests/bench.py iteration --model sd3                       # measured beside counted, on CUDA
+    python tests/bench.py iteration --model sd3 --tiny                # the same with a toy, on a CPU
+    python tests/bench.py side-by-side --before HEAD~1                # two commits, tiny model, on a CPU
+
+Further options go to the scripts: `plan --scripts gcpo --chunk-max 2`. What was measured is in bench.md.
 """
 
 import argparse
-import dataclasses
 import gc
-import itertools
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import weakref
-from fractions import Fraction
+from collections import namedtuple
+from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
-from typing import ClassVar
+from statistics import median
 from unittest import mock
 
+import diffusers
 import torch
+import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -40,751 +37,400 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import common  # noqa: E402
 import gcpo  # noqa: E402
 import grpo  # noqa: E402
-import study  # noqa: E402
+import rewards  # noqa: E402
+import small_pipelines  # noqa: E402
 import tempflow_grpo  # noqa: E402
 
-SCRIPTS = (grpo, gcpo, tempflow_grpo)
+SCRIPTS = {module.__name__: module for module in (grpo, gcpo, tempflow_grpo)}
+# configs of the published networks, the transformer's parameters in billions, the shapes of a prompt's text
+SIZES = json.loads((ROOT / "tests" / "sizes.json").read_text())
 
-# ---------------------------------------------------------------- the networks in their true sizes
-
-CLIP_L = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768)
-CLIP_G = dict(
-    hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280
-)
-T5_XXL = dict(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
-QWEN3_4B = dict(
-    hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
-    head_dim=128, tie_word_embeddings=True,
-)  # fmt: skip
-PICKSCORE = dict(  # CLIP ViT-H/14
-    text_config=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16),
-    vision_config=dict(
-        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14
-    ),
-    projection_dim=1024,
-)
-
-# For each family: its pipeline, the transformer's class and settings, its parameters in billions, the text encoders,
-# the shapes of a prompt's text, and what --tiny changes.
-SIZES = {
-    "sd3": dict(
-        pipeline="StableDiffusion3Pipeline",
-        transformer="SD3Transformer2DModel",
-        config=dict(
-            sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64,
-            num_attention_heads=24, joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048,
-            pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm",
-        ),
-        parameters=2.243,
-        encoders=dict(
-            text_encoder=("CLIPTextModelWithProjection", CLIP_L),
-            text_encoder_2=("CLIPTextModelWithProjection", CLIP_G | dict(hidden_act="gelu")),
-            text_encoder_3=("T5EncoderModel", T5_XXL),
-        ),
-        text=[(77 + 256, 4096), (2048,)],
-        vae=dict(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609),
-        tiny=dict(num_layers=2, num_attention_heads=2, caption_projection_dim=128, dual_attention_layers=(0,)),
-    ),
-    "flux": dict(
-        pipeline="FluxPipeline",
-        transformer="FluxTransformer2DModel",
-        config=dict(
-            patch_size=1, in_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128,
-            num_attention_heads=24, joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True,
-        ),
-        parameters=11.90,
-        encoders=dict(text_encoder=("CLIPTextModel", CLIP_L), text_encoder_2=("T5EncoderModel", T5_XXL)),
-        text=[(512, 4096), (768,)],
-        vae=dict(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159),
-        tiny=dict(num_layers=1, num_single_layers=1, num_attention_heads=2),
-    ),
-    "flux2": dict(
-        pipeline="Flux2KleinPipeline",
-        transformer="Flux2Transformer2DModel",
-        config=dict(
-            in_channels=128, num_layers=5, num_single_layers=20, attention_head_dim=128, num_attention_heads=24,
-            joint_attention_dim=7680, guidance_embeds=False,
-        ),
-        parameters=3.88,
-        encoders=dict(text_encoder=("Qwen3ForCausalLM", QWEN3_4B)),
-        text=[(512, 7680)],
-        vae=dict(latent_channels=32),
-        tiny=dict(num_layers=1, num_single_layers=1, num_attention_heads=2),
-    ),
-}  # fmt: skip
+# ---------------------------------------------------------------- pipelines with random weights
 
 
-def make_transformer(name, tiny=False):
-    import diffusers
-
-    size = SIZES[name]
-    return getattr(diffusers, size["transformer"])(**size["config"] | (size["tiny"] if tiny else {}))
-
-
-def make_vae(name, tiny=False):
-    import diffusers
-
-    options = dict(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(32,) * 4 if tiny else (128, 256, 512, 512),
-        layers_per_block=1 if tiny else 2,
-    )
-    if name != "flux2":
-        options |= dict(use_quant_conv=False, use_post_quant_conv=False)
-    vae_class = diffusers.AutoencoderKLFlux2 if name == "flux2" else diffusers.AutoencoderKL
-    return vae_class(**options, **SIZES[name]["vae"])
+def make(class_name, config):
+    """A network of a class of diffusers or transformers."""
+    if hasattr(diffusers, class_name):
+        return getattr(diffusers, class_name)(**config)
+    network = getattr(transformers, class_name)
+    return network(network.config_class(**config)).eval()
 
 
-def make_encoder(class_name, config, tiny=False):
-    import transformers
-
-    if tiny:  # few layers, but as wide outside; FLUX.2 reads Qwen3's states up to the 27th
-        config = config | dict(vocab_size=1000, intermediate_size=64, d_ff=64, num_hidden_layers=1)
-        config |= dict(num_hidden_layers=27) if class_name.startswith("Qwen3") else {}
-    model_class = getattr(transformers, class_name)
-    return model_class(model_class.config_class(**config)).eval()
+def make_transformer(model):
+    return make(*SIZES[model]["networks"]["transformer"])
 
 
-def make_on(device, dtype, make, *args):
-    """A network made at once on a device in a dtype: in float32 on the CPU some would not fit."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
+def make_pipeline(model, device, dtype, tiny=False):
+    """That of small_pipelines.py; if not tiny, with networks of the published sizes."""
+    diffusers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()
+    pipe = small_pipelines.MAKERS[model]()
+    if not tiny:
+        torch.set_default_dtype(dtype)  # not all would fit in float32
         with torch.device(device):
-            return make(*args).to(dtype)  # SD3's table of positions is made in float32
-    finally:
-        torch.set_default_dtype(before)
-
-
-def make_pipeline(name, device, dtype, tiny=False, encoders=False):
-    """A pipeline with transformer and VAE, and text encoders if asked, of the true sizes with random weights.
-
-    All else is that of small_pipelines.py: tokenizers of a few letters, the scheduler.
-    """
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    import small_pipelines
-
-    import diffusers
-
-    diffusers.utils.logging.set_verbosity_error()
-    pipe = small_pipelines.MAKERS[name]()
-    networks = dict(
-        transformer=make_on(device, dtype, make_transformer, name, tiny),
-        vae=make_on(device, dtype, make_vae, name, tiny),
-    )
-    if encoders:
-        for part, size in SIZES[name]["encoders"].items():
-            networks[part] = make_on(device, dtype, make_encoder, *size, tiny)
-        pipe.tokenizer_max_length = 77 if name != "flux2" else pipe.tokenizer_max_length
+            for name, size in SIZES[model]["networks"].items():
+                part = make(*size)  # text encoders wait on the CPU
+                pipe.register_modules(**{name: part.cpu() if "text" in name and device != "meta" else part})
+        torch.set_default_dtype(torch.float32)
+        pipe.vae_scale_factor, pipe.patch_size = 8, pipe.transformer.config.patch_size
         for tokenizer in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)):
-            if type(tokenizer).__name__.startswith("CLIP"):
-                tokenizer.model_max_length = 77
-    pipe.register_modules(**networks)
-    pipe.vae_scale_factor, pipe.patch_size = 8, networks["transformer"].config.patch_size
-    return pipe
-
-
-def fill(pipe):
-    """The pipeline, all weights of its transformer drawn: some are zero at first, and would hide what rounding does."""
-    for weight in pipe.transformer.parameters():
+            if "CLIP" in type(tokenizer).__name__:
+                tokenizer.model_max_length = pipe.tokenizer_max_length = 77
+    for weight in pipe.transformer.parameters():  # some are zero at first, which would hide rounding
         if weight.dim() > 1:
             torch.nn.init.normal_(weight, std=0.02)
-    return pipe
+    return pipe.to(dtype=dtype)
 
 
-def policy_of(args, pipe, device, **settings):
-    """The Policy of a script's settings, with this pipeline and device in place of the model's."""
-    names = "resolution guidance micro_batch lora_rank lora_alpha ema_decay gradient_checkpointing compile".split()
-    return common.Policy(pipe, **{name: getattr(args, name) for name in names} | settings, device=device)
-
-
-# ---------------------------------------------------------------- plan: time and memory by count
+# ---------------------------------------------------------------- FLOPs, kernels, bytes: on the meta device
 
 
 class Meter(TorchDispatchMode):
-    """Counts FLOPs, kernels, and the bytes of all tensors that are made inside and live at a time, on the meta device.
+    """Counts FLOPs, kernels (operations that are no view), and the most bytes made inside and alive."""
 
-    A kernel is an operation that is no view and no allocation. kept: tensors that are there already.
-    """
-
-    seen: ClassVar[dict] = {}  # the layers of a network are alike, and to work out shapes takes long
-
-    def __init__(self, kept=()):
+    def __init__(self):
         super().__init__()
         self.flops = self.kernels = self.bytes = self.peak = 0
-        self.live = {tensor.untyped_storage()._cdata: 0 for tensor in kept}
+        self.live = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out, flops = self.run(func, args, kwargs or {})
-        self.flops += flops
-        self.kernels += not (
-            func.is_view or func.name().startswith(("aten::empty", "aten::_unsafe_view", "aten::detach"))
-        )
-        for tensor in (x for x in tree_leaves(out) if isinstance(x, torch.Tensor)):
-            if tensor.is_meta and tensor.untyped_storage()._cdata not in self.live:
-                storage = tensor.untyped_storage()
-                self.live[storage._cdata] = storage.nbytes()
+        kwargs = kwargs or {}
+        out, flops = func(*args, **kwargs), flop_registry.get(func._overloadpacket)
+        self.flops += flops(*args, **kwargs, out_val=out) if flops else 0
+        free = "aten::empty", "aten::_unsafe_view", "aten::detach"
+        self.kernels += not (func.is_view or func.name().startswith(free))
+        read, made = (filter(torch.is_tensor, tree_leaves(tree)) for tree in ((args, kwargs), out))
+        known = self.live | {tensor.untyped_storage()._cdata for tensor in read}
+        for storage in (tensor.untyped_storage() for tensor in made):
+            if storage._cdata not in known:
+                self.live.add(storage._cdata)
                 self.bytes += storage.nbytes()
-                weakref.finalize(storage, self.free, storage._cdata)
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
         self.peak = max(self.peak, self.bytes)
         return out
 
-    def run(self, func, args, kwargs):
-        """What an operation returns, and its FLOPs."""
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return False, 0  # no padding, says Qwen3's attention, and takes the causal kernel
-        leaves = tree_leaves((args, kwargs))
-        shapes = [(*x.shape, *x.stride(), x.dtype, x.device) if isinstance(x, torch.Tensor) else x for x in leaves]
-        key = func, len(args), *kwargs, *shapes
-        if key in self.seen:
-            shape, stride, dtype, flops = self.seen[key]
-            return torch.empty_strided(shape, stride, dtype=dtype, device="meta"), flops
-        out, count = func(*args, **kwargs), flop_registry.get(func._overloadpacket)
-        flops = count(*args, **kwargs, out_val=out) if count else 0
-        if isinstance(out, torch.Tensor) and out.is_meta and not func._schema.is_mutable:
-            there = [x.untyped_storage()._cdata for x in leaves if isinstance(x, torch.Tensor)]
-            if out.untyped_storage()._cdata not in there:  # no view
-                self.seen[key] = out.shape, out.stride(), out.dtype, flops
-        return out, flops
-
-    def free(self, key):
-        self.bytes -= self.live.pop(key)
+    def free(self, key, size):
+        self.live.remove(key)
+        self.bytes -= size
 
 
-def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """The kernel that scaled_dot_product_attention takes on CUDA, for tensors of which only the shape is known."""
-    aten = torch.ops.aten
-    if enable_gqa:
-        key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
-    if query.dtype != torch.float32 and attn_mask is None and query.shape[-1] <= 256:
-        return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
-    if attn_mask is not None:
-        attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2]).to(query.dtype)
-    needs = torch.is_grad_enabled() and query.requires_grad
-    options = attn_mask, needs, dropout_p, is_causal
-    return aten._scaled_dot_product_efficient_attention(query, key, value, *options, scale=scale)[0]
+def attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+):
+    """A kernel of scaled_dot_product_attention on CUDA, which the meta device would not choose."""
+    options = attn_mask, torch.is_grad_enabled() and query.requires_grad, dropout_p, is_causal
+    return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, *options, scale=scale)[0]
 
 
-def tensors(network):
-    return [*network.parameters(), *network.buffers()]
-
-
-def count(function, kept=()):
+def count(function):
     """(FLOPs, kernels, peak bytes) of a call on the meta device."""
-    kept = [tensor for part in kept for tensor in (tensors(part) if isinstance(part, torch.nn.Module) else [part])]
-    with mock.patch("torch.nn.functional.scaled_dot_product_attention", attention), Meter(kept) as meter:
+    with mock.patch("torch.nn.functional.scaled_dot_product_attention", attention), Meter() as meter:
         function()
     return meter.flops, meter.kernels, meter.peak
 
 
 def calls(policy, text):
-    """What a run does over and over: {name: function}, a call with a full micro-batch each, on the policy's device."""
-    M, device = policy.micro_batch, policy.device
-    x, x_next = (torch.randn(M, *policy.shape, device=device) for _ in range(2))
-    owner, sigma, std = (torch.full((M,), value, device=device) for value in (0, 0.5, 0.1))
-    logps = []
-
-    def logp():
-        mean, _ = common.sde_mean_std(x, policy.velocity(x, sigma, text, owner), sigma, 0.8 * sigma, std)
-        return common.log_prob(x_next, mean, std.view(-1, 1, 1, 1))
-
-    def rollout():
-        with torch.no_grad():
-            logps.append(logp())
+    """What a run does over and over: {name: function}, each one call with a full micro-batch."""
+    x = torch.randn(policy.micro_batch, *policy.shape, device=policy.device)
+    sigma, index = (torch.full((len(x),), value, device=policy.device) for value in (0.5, 0))
 
     def train():
-        value = logp()
-        value.sum().backward()
-        logps.append(value.detach())
+        policy.velocity(x, sigma, text, index).sum().backward()
 
-    return {"rollout": rollout, "train": train, "decode": lambda: policy.decode(x)}, logps
-
-
-# What the plan takes for granted about the machine.
-KERNEL = 25e-6  # seconds to launch a kernel from Python: 22 to 29 measured on an H200, torch 2.11
-HOST = 0.02  # seconds to bring a picture of 512 x 512 to the CPU and to make it ready for the reward
-BUS = 3e9  # bytes a second between the memory of the CPU, not pinned, and that of the GPU; 2 to 3 measured
-FREE = 0.05  # share of the memory that is left over; a card of "24 GB" has 24 GiB, 7% more, for what CUDA itself takes
-SCORED = 16  # pictures that PickScore takes at once
-ENCODED = 8  # prompts that Policy.encode takes at once
-HELD = 64  # pictures that common.score holds at a time
+    rollout = torch.no_grad()(lambda: policy.velocity(x, sigma, text, index))
+    return {"rollout": rollout, "train": train, "decode": lambda: policy.decode(x)}
 
 
-def script_args(module, model, options):
-    """The settings of a script by its own command line, for a model that need not be there."""
-    fields = {script: {field.name for field in dataclasses.fields(script.Args)} for script in SCRIPTS}
-    line, own = [], True
-    for word in options:
-        if word.startswith("--"):  # what only another script has is left out, and its value with it
-            name = word[2:].split("=")[0].replace("-", "_")
-            own = name in fields[module] or not any(name in names for names in fields.values())
-        line += [word] if own else []
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "model_index.json").write_text(json.dumps({"_class_name": SIZES[model]["pipeline"]}))
-        usual = f"--model {folder} --prompts {common.TINY / 'prompts.txt'} --device cpu --dtype bfloat16"
-        return common.parse_args(module.Args, module.DEFAULTS, usual.split() + line)
+Model = namedtuple("Model", "calls network encoders adapter latent tokens passes")
+
+
+@cache
+def count_model(model, dtype, tiny, **settings):
+    """What plan must know of a model with such a Policy.
+
+    calls: {name: (FLOPs, kernels, peak bytes)} of two latents; network (transformer and VAE), encoders,
+    adapter, latent: bytes; tokens: of a prompt; passes: of the network per velocity.
+    """
+    pipe = make_pipeline(model, "cpu" if tiny else "meta", getattr(torch, dtype), tiny)
+    text = [torch.empty(1, *shape, dtype=pipe.dtype) for shape in SIZES[model]["text"]]
+    if tiny:
+        with torch.no_grad():
+            text = common.FAMILIES[type(pipe).__name__](pipe).encode(["a"])
+    with torch.device("meta"):
+        policy = common.Policy(pipe, micro_batch=2, device="meta", **settings)
+    counts = {name: count(call) for name, call in calls(policy, [rows.to("meta") for rows in text]).items()}
+
+    def size(*parts):
+        return sum(weight.nbytes for part in parts for weight in (*part.parameters(), *part.buffers()))
+
+    adapter, latent = sum(weight.nbytes for weight in policy.parameters), 4 * math.prod(policy.shape)
+    passes = 2 if policy.guidance > 1 and policy.family.two_pass_guidance else 1
+    network, encoders = size(pipe.transformer, pipe.vae), size(*policy.encoders)
+    return Model(counts, network, encoders, adapter, latent, text[0].shape[1], passes)
+
+
+# ---------------------------------------------------------------- plan: time and memory by count
+
+KERNEL = 25e-6  # seconds to launch a kernel from Python: 22 to 29 measured on an H200
+COMPILED = 0.5  # part of that which --compile leaves: 0.54 in sampling, 0.47 in training, measured there
+BUS = 3e9  # bytes per second between the memory of the CPU, not pinned, and that of the GPU
+TRIP = 10  # iterations per trip of the text encoders
+PICTURE = 0.02 / 4 / 512**2  # seconds per pixel to prepare a picture for PickScore: 0.02, in four threads
+SCORE_FLOPS, SCORE_BYTES = 0.38e12, 2e9  # PickScore: per picture with its prompt; its weights
+FREE = 0.05  # share of the memory that stays free
+
+Work = namedtuple("Work", "forward train images trajectories latents")
+
+
+def script_args(module, model, folder, options, device="cpu"):
+    """A script's settings by its own command line, with a folder in place of the model."""
+    index = {"_class_name": SIZES[model]["pipeline"], "scheduler": ["", "FlowMatchEulerDiscreteScheduler"]}
+    Path(folder, "model_index.json").write_text(json.dumps(index))
+    line = f"--model {folder} --prompts {common.TINY / 'prompts.txt'} --device {device} --output {folder}/run"
+    return common.parse_args(module.__name__, module.Args, module.DEFAULTS, [*line.split(), *options])
 
 
 def work(module, args):
-    """What an iteration does, on average: a namespace of counts.
+    """What an iteration does if no advantage is 0, on average over what is drawn.
 
-    rollout, train: sizes of the batches of latents that take a forward, or a forward and a backward, each taken a
-    micro-batch at a time; evaluations: of the velocity, as a run counts them, for one pass of the network; images: that
-    are scored; trajectories: as common.make_policy counts them; latents: that are kept. Where chance decides, as which
-    chunks gcpo.py draws, it is the mean. Adaptive chunks are taken to be as few as --chunk-max allows.
+    forward, train: sizes of the batches that take a forward, or a forward and a backward, a micro-batch at a
+    time; images: that are scored; trajectories: as in make_policy; latents: that are kept. Adaptive chunks
+    are taken to be as few as --chunk-max allows.
     """
     P, U, T = args.prompts_per_iteration, args.updates_per_iteration, args.steps
-    steps, drawn = common.parse_sde_steps(args)
+    steps, K = common.parse_sde_steps(args)
     if module is tempflow_grpo:
         N, B = P * args.seeds_per_prompt, args.branches
         before = [sum(step < now for step in steps) for now in range(T)]
-        trunk = [1 - Fraction(math.comb(n, drawn), math.comb(len(steps), drawn)) for n in before]  # still has branches
-        forward = [N * (alive + B * Fraction(n * drawn, len(steps))) for n, alive in zip(before, trunk)]
-        images, trajectories, latents = N * B * drawn, N * B, N * (1 + drawn + 3 * B * drawn)
+        trunk = [1 - math.comb(n, K) / math.comb(len(steps), K) for n in before]  # with branches to come
+        forward = [N * (alive + B * n * K / len(steps)) for n, alive in zip(before, trunk)]
+        images, trajectories, latents = N * B * K, N * B, N * (1 + K + 3 * B * K)
     else:
         N = images = trajectories = P * args.group_size
-        forward, latents = [N] * T, N * (T + 2 * drawn)
-    train = [Fraction(drawn * N, U)] * U
+        forward, latents = [N] * T, N * (2 + 3 * K)  # noise, x, x_next, the final latents
+    train = [K * N / U] * U
     if module is gcpo:
-        few = -(-drawn // args.chunk_max)
-        sizes = gcpo.parse_chunks(args, steps, drawn) or [drawn // few + (n < drawn % few) for n in range(few)]
-        share = Fraction(max(1, int(args.chunk_fraction * len(sizes) + 0.5)), len(sizes))
+        few = -(-K // args.chunk_max)
+        sizes = gcpo.parse_chunks(args, steps, K) or [K // few + (n < K % few) for n in range(few)]
+        share = max(1, int(args.chunk_fraction * len(sizes) + 0.5)) / len(sizes)
         train = [share * rows for rows in train]
-        # later updates need the log-probs of the whole chunk as they are now
+        # later updates need the current log-probs of whole chunks
         forward += [share * sum(size for size in sizes if size > 1) * N / U] * (U - 1)
     forward += train if args.kl_coef > 0 else []  # the reference
-    return SimpleNamespace(
-        rollout=forward, train=train, evaluations=float(sum(forward) + 3 * sum(train)), images=images,
-        trajectories=trajectories, latents=latents,
-    )  # fmt: skip
+    return Work(forward, train, images, trajectories, latents)
 
 
-def count_calls(policy, text):
-    """{call: (FLOPs, kernels, peak bytes)} of a policy on the meta device, with its micro-batch."""
-    policy.family.ids = None  # FLUX.1 keeps those of one size
-    for parameter in policy.parameters:
-        parameter.grad = torch.empty_like(parameter)
-    kept = [policy.transformer, policy.pipe.vae, *text, *(parameter.grad for parameter in policy.parameters)]
-    functions, _ = calls(policy, text)
-    counts = {name: count(function, kept) for name, function in functions.items()}
-    policy.transformer.enable_gradient_checkpointing()
-    counts["checkpointed"] = count(functions["train"], kept)
-    policy.transformer.disable_gradient_checkpointing()
-    return counts
+def number_of_calls(sizes, rows):
+    return sum(math.ceil(size / rows - 1e-9) for size in sizes)
 
 
-def count_model(model, args, tiny=False):
-    """A function (call, rows) -> (FLOPs, kernels, peak bytes), {part: bytes of its weights}, shape, passes.
+def plan(module, args, model, memory, rate, tiny=False):
+    """{name: number} of a script on a GPU of `memory` bytes and `rate` FLOPs per second.
 
-    All three are linear in the rows, so they are counted for one row and for two.
+    A call takes the longer of its FLOPs and of launching its kernels. Names as in metrics.jsonl.
     """
-    import transformers
-
-    dtype = common.DTYPES[args.dtype]
-    pipe = make_pipeline(model, "meta", dtype, tiny, encoders=True)
-    with torch.device("meta"):
-        policy = policy_of(args, pipe, "meta", gradient_checkpointing=False, compile=False)
-        text = [torch.empty(3, *shape, dtype=dtype) for shape in SIZES[model]["text"]]
-    counts = []
-    for policy.micro_batch in (1, 2):
-        counts.append(count_calls(policy, text))
-
-    clip = make_on("meta", torch.float16, transformers.CLIPModel, transformers.CLIPConfig(**PICKSCORE))
-    pixels = torch.empty(SCORED, 3, 224, 224, dtype=torch.float16, device="meta")
-    tokens = torch.ones(SCORED, 77, dtype=torch.long, device="meta")
-    encoders = torch.nn.ModuleList(policy.encoders)
-    with torch.no_grad():
-        fixed = {
-            "encode": count(lambda: policy.family.encode([""] * ENCODED), [encoders]),
-            "score": count(lambda: [clip.get_image_features(pixels), clip.get_text_features(tokens)], [clip, pixels]),
-        }
-
-    def cost(call, rows):
-        if call in fixed:
-            return fixed[call]
-        return tuple(one + (rows - 1) * (two - one) for one, two in zip(*(count[call] for count in counts)))
-
-    parts = {"transformer": policy.transformer, "vae": pipe.vae, "encoders": encoders, "reward": clip}
-    weights = {name: sum(w.nbytes for w in tensors(part)) for name, part in parts.items()}
-    weights["adapter"] = sum(w.nbytes for w in policy.parameters)
-    passes = 2 if policy.guidance > 1 and policy.family.two_pass_guidance else 1
-    return cost, weights, policy.shape, passes
-
-
-def plan(module, args, memory, tflops, counted):
-    """{what: number} of a script's run on a GPU with `memory` bytes that computes `tflops` FLOPs a second.
-
-    counted: what count_model returns.
-    """
-    cost, weights, shape, passes = counted
-    does = work(module, args)
-    M, train = min(args.micro_batch, does.trajectories), "checkpointed" if args.gradient_checkpointing else "train"
-
-    def seconds(call, sizes, rows=M):
-        """Of batches of these sizes, taken `rows` at a time: the last, smaller one takes as long."""
-        flops, kernels, _ = cost(call, rows)
-        return float(sum(math.ceil(size / rows) for size in sizes) * max(flops / tflops, KERNEL * kernels))
-
-    def scoring(count):
-        return seconds("score", [count], SCORED) + HOST * (args.resolution / 512) ** 2 * count
-
-    shown = 64 * args.eval_seeds  # pictures of an evaluation
-    evaluation = seconds("rollout", [shown] * args.eval_steps) + seconds("decode", [shown]) + scoring(shown)
-    time = {
-        "rollout": seconds("rollout", does.rollout),
-        "training": seconds(train, does.train),
-        "decoding": seconds("decode", [does.images]),
-        "scoring": scoring(does.images),
-        "encoding": seconds("encode", [args.prompts_per_iteration + 1], ENCODED) + 2 * weights["encoders"] / BUS,
+    names = "resolution guidance lora_rank lora_alpha gradient_checkpointing".split()
+    m = count_model(model, args.dtype, tiny, **{name: getattr(args, name) for name in names})
+    does, offload = work(module, args), args.reward_offload * SCORE_BYTES
+    jobs = {
+        "rollout": ("rollout", does.forward),
+        "reward": ("decode", [does.images]),
+        "train": ("train", does.train),
     }
-    hours = args.iterations * sum(time.values()) + (1 + math.ceil(args.iterations / args.eval_every)) * evaluation
-    flops = {"rollout": sum(does.rollout), train: sum(does.train), "decode": does.images}
-    flops = (
-        sum(rows * cost(call, M)[0] / M for call, rows in flops.items()) + does.images * cost("score", 1)[0] / SCORED
-    )
+    stays = m.network + m.adapter * (3 + (args.ema_decay > 0))  # with gradient, AdamW's two, average
+    stays += m.latent * does.latents + SCORE_BYTES - offload
+    pictures = 2 * min(64, does.images) * 12 * args.resolution**2  # two copies of what common.score holds
 
-    large = 8 * 3 * args.steps * does.trajectories * math.prod(shape) * 4 > memory  # as Policy has it
-    stays = weights["transformer"] + weights["vae"] + weights["adapter"] * (3 + (args.ema_decay > 0))  # gradient, AdamW
-    stays += (0 if args.reward_offload else weights["reward"]) + (0 if large else 4 * math.prod(shape) * does.latents)
-    pictures = 2 * min(HELD, does.images) * 3 * args.resolution**2 * 4  # two, while they are put together
+    def peaks(rows):
+        """Bytes in each phase, with so many latents per call."""
+        most = {phase: stays + m.calls[call][2] / 2 * rows for phase, (call, _) in jobs.items()}
+        if args.compile:  # which samples with training's graph
+            most["rollout"] = most["train"]
+        most["rollout"] = max(most["rollout"], stays + m.encoders)
+        return most | {"reward": most["reward"] + pictures + offload}
 
-    def peaks(rows, train):
-        """Bytes in each phase, with so many latents a call."""
-        reference = cost("rollout", rows)[2] if args.kl_coef > 0 else 0
-        return {
-            "rollout": stays + cost(train if args.compile else "rollout", rows)[2],  # see Policy.velocity
-            "training": stays + cost(train, rows)[2] + reference,
-            "decoding": stays + cost("decode", rows)[2] + pictures,
-            "scoring": stays + cost("score", 1)[2] + pictures + args.reward_offload * weights["reward"],
-            "encoding": stays + cost("encode", 1)[2] + weights["encoders"],
-        }
+    most = math.ceil(max(does.train))
+    fits = [rows for rows in range(1, most + 1) if max(peaks(rows).values()) <= (1 - FREE) * memory]
+    largest = max(fits, default=0)
+    evenly = math.ceil(most / math.ceil(most / max(largest, 1)))  # no call is nearly empty
+    M = min(args.micro_batch or evenly, does.trajectories)
 
-    def largest(train):
-        """The most latents a call, by the two phases that grow with them."""
-        one, two = (max(peaks(rows, train)[phase] for phase in ("training", "decoding")) for rows in (1, 2))
-        return max(0, int(((1 - FREE) * memory - one) / (two - one) + 1))
+    def seconds(call, sizes):
+        flops, kernels, _ = m.calls[call]
+        launch = KERNEL * kernels * (COMPILED if args.compile and call != "decode" else 1)
+        return number_of_calls(sizes, M) * max(flops / 2 * M / rate, launch)
 
+    # two FLOPs per token and weight, which has two bytes
+    reading = m.encoders * m.tokens * (args.prompts_per_iteration + 1)
+    scoring = SCORE_FLOPS * does.images
+    flops = sum(sum(sizes) * m.calls[call][0] / 2 for call, sizes in jobs.values()) + reading + scoring
+    times = {phase: seconds(*job) for phase, job in jobs.items()}
+    times["rollout"] += reading / rate + 2 * m.encoders / BUS / TRIP
+    times["reward"] += does.images * PICTURE * args.resolution**2 + scoring / rate
+    total, shown = sum(times.values()), min(64, len(common.read_prompts(args.eval_prompts))) * args.eval_seeds
+    times["eval"] = seconds("rollout", [shown] * args.eval_steps) + times["reward"] * shown / does.images
+    evaluations = 1 + math.ceil(args.iterations / args.eval_every)
     return {
         "images": does.images,
-        "velocity evaluations": passes * does.evaluations,
-        "PFLOP": float(flops) / 1e15,
-        "minutes": sum(time.values()) / 60,
-        **{f"  {phase}": value / 60 for phase, value in time.items()},
+        "velocity_evals": m.passes * (sum(does.forward) + 3 * sum(does.train)),
+        "PFLOP": flops / 1e15,
+        **{f"{phase}_s": value for phase, value in times.items()},
+        "seconds without eval": total,
         "iterations": args.iterations,
-        "hours, with evaluations": hours / 3600,
-        **{f"GB in {phase}": value / 1e9 for phase, value in peaks(M, train).items()},
-        "largest --micro-batch": largest("train"),
-        "  --gradient-checkpointing": largest("checkpointed"),
+        "hours": (args.iterations * total + evaluations * times["eval"]) / 3600,
+        **{f"peak_memory_gb/{phase}": value / 1e9 for phase, value in peaks(M).items()},
+        "micro-batch": M,
+        "largest micro-batch": largest,
     }
+
+
+def print_table(title, columns):
+    """columns: {head: {name: number}}; the first decides which names."""
+    print(title, "\n" + " " * 32, *(f"{head:>15s}" for head in columns), sep="")
+    for name in next(iter(columns.values())):
+        values = [f"{column.get(name, math.nan):15.4g}" for column in columns.values()]
+        print(f"{name:32s}", *values, sep="", flush=True)
 
 
 def bench_plan(args, options):
-    """Time and memory of an iteration and a run of each script, by count: needs no GPU. It takes their options too."""
-    memory, counted, columns = args.memory * 1e9, {}, []
-    for module in SCRIPTS:
-        own = script_args(module, args.model, options)
-        work(module, own)  # refuses what cannot be, before anything is counted
-        key = own.resolution, own.guidance > 1, own.lora_rank
-        counted[key] = counted.get(key) or count_model(args.model, own)
-        names = "resolution steps sde_steps guidance prompts_per_iteration micro_batch".split()
-        told = {"--" + name.replace("_", "-"): getattr(own, name) for name in names}
-        columns.append(told | plan(module, own, memory, args.tflops * 1e12, counted[key]))
-    print(f"{args.model} on {args.memory:g} GB at {args.tflops:g} TFLOP/s; counted, not measured")
-    print(f"{'':28s}" + "".join(f"{module.__name__ + '.py':>18s}" for module in SCRIPTS))
-    for name in columns[0]:
-        values = [f"{column[name]:.2f}" if isinstance(column[name], float) else column[name] for column in columns]
-        full = name.startswith("GB") and max(column[name] for column in columns) > (1 - FREE) * args.memory
-        print(f"{name:28s}" + "".join(f"{value:>18}" for value in values) + ("  too much" if full else ""))
-    print(
-        f"A call takes the longer of its FLOPs and of launching its kernels, {KERNEL * 1e6:g} microseconds each; a "
-        f"picture {HOST * 1e3:g} ms\nof the CPU for PickScore; text encoders move at {BUS / 1e9:g} GB/s. Weights, "
-        f"adapter, optimizer, PickScore, and latents under an\neighth of the memory, stay on the GPU; {FREE:.0%} of it "
-        "are left free."
-    )
-
-
-# ---------------------------------------------------------------- model: the same calls, measured
-
-
-def timed(device, function):
-    """Seconds of a call, and its peak memory in GB (nan on a CPU). A call before pays for compiling and allocating."""
-    cuda = torch.device(device).type == "cuda"
-    function()
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    function()
-    settle(device)
-    return time.perf_counter() - start, torch.cuda.max_memory_allocated() / 1e9 if cuda else math.nan
-
-
-def bench_model(args, options):
-    """Time and memory of each call at the true size with random weights, beside the plan's. Options as of grpo.py."""
-    own = script_args(grpo, args.model, options)
-    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
-    pipe = make_pipeline(args.model, args.device, dtype, args.tiny)
-    policy = policy_of(own, fill(pipe), args.device)
-    text = [torch.randn(3, *shape).to(args.device, dtype) for shape in SIZES[args.model]["text"]]
-    functions, logps = calls(policy, text)
-    with torch.device("meta"):
-        meta = policy_of(own, make_pipeline(args.model, "meta", dtype, args.tiny), "meta", compile=False)
-        meta_text = [torch.empty_like(rows, device="meta") for rows in text]
-    counts = count_calls(meta, meta_text)
-    stays = sum(w.nbytes for w in [*tensors(pipe.transformer), *tensors(pipe.vae), *policy.parameters])  # and gradients
-    name = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
-    print(f"{args.model} at {own.resolution} px, {own.micro_batch} latents a call, {dtype}, {name}")
-    print(f"{'call':10s} {'seconds':>10s} {'TFLOP/s':>10s} {'GB':>8s} {'GB counted':>12s} {'kernels':>9s}")
-    for call, function in functions.items():
-        seconds, peak = timed(args.device, function)
-        flops, kernels, extra = counts["checkpointed" if call == "train" and own.gradient_checkpointing else call]
-        counted = (stays + extra) / 1e9
-        print(f"{call:10s} {seconds:10.4f} {flops / seconds / 1e12:10.3f} {peak:8.2f} {counted:12.2f} {kernels:9d}")
-    error = (logps[-1] - logps[0]).abs().max().item()
-    print(f"largest |log ratio| before any update {error:.1e}")
-
-
-def random_pickscore(device, tiny):
-    """PickScore's CLIP with random weights, as rewards.py keeps a model that it has loaded."""
-    import small_pipelines
-
-    import transformers
-
-    config = transformers.CLIPConfig(**({} if tiny else PICKSCORE))
-    dtype = torch.float16 if device.startswith("cuda") else torch.float32
-    clip = make_on(device, dtype, transformers.CLIPModel, config).eval().requires_grad_(False)
-    return clip, small_pipelines.clip_tokenizer(), transformers.CLIPImageProcessorPil(), 100.0
-
-
-def run_iteration(module, model, device, tiny, options):
-    """Run a script for an iteration with random weights; returns its settings, and the last line of its metrics."""
-    import rewards
-
+    """With the defaults on CUDA: compiled, and with the largest micro-batch that fits."""
+    columns, options = {}, ["--dtype", "bfloat16", "--compile", *options]
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "prompts.txt").write_text("".join(f"picture {number}\n" for number in range(48)), "utf-8")
-        Path(folder, "one.txt").write_text("a picture\n", "utf-8")
-        files = f"--prompts {folder}/prompts.txt --eval-prompts {folder}/one.txt --output {folder}/run"
-        line = f"{files} --device {device} --iterations 1 --eval-seeds 1 --eval-steps 1"
-        args = script_args(module, model, [*line.split(), *options])
-        pipe = fill(make_pipeline(model, device, common.DTYPES[args.dtype], tiny, encoders=True))
-        for name, part in pipe.components.items():
-            if part and name.startswith("text_encoder"):
-                part.to("cpu")
-        scorer = {("load_clip", device, rewards.PICKSCORE): random_pickscore(device, tiny)}
+        for script in args.scripts:
+            own = script_args(SCRIPTS[script], args.model, folder, options)
+            own.micro_batch *= any(word.startswith("--micro-batch") for word in options)  # 0: what fits
+            columns[script] = plan(SCRIPTS[script], own, args.model, args.memory * 1e9, args.tflops * 1e12)
+    print_table(f"{args.model} on {args.memory:g} GB at {args.tflops:g} TFLOP/s, counted", columns)
+
+
+# ---------------------------------------------------------------- measurements
+
+
+def median_seconds(function, repeats=10):
+    """Of calls of a function, after two that warm up."""
+    seconds = []
+    for _ in range(2 + repeats):
+        start = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - start)
+    return median(seconds[2:])
+
+
+def run_iteration(module, args, options):
+    """Run a script as it is with random weights. Returns its last line of metrics, and its plan."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "one.txt").write_text("a picture\n")
+        line = f"--eval-prompts {folder}/one.txt --iterations 1 --eval-seeds 1 --eval-steps 1".split()
+        line += ["--resolution", "16"] if args.tiny else []
+        own = script_args(module, args.model, folder, [*line, *options], args.device)
+        pipe = make_pipeline(args.model, args.device, getattr(torch, own.dtype), args.tiny)
+        clip = rewards.frozen(make("CLIPModel", {} if args.tiny else SIZES["pickscore"]), args.device)
+        scorer = clip, small_pipelines.clip_tokenizer(), transformers.CLIPImageProcessorPil(), 100.0
+        loaded = {("load_clip", args.device, rewards.PICKSCORE): scorer}
         with (
-            mock.patch.dict(rewards.LOADED, scorer),
-            mock.patch.object(rewards.Reward, "check"),  # would look for it on the hub
+            mock.patch.dict(rewards.LOADED, loaded),
             mock.patch.object(common, "load_pipeline", lambda *_: pipe),
-            mock.patch.object(common, "print_ending"),
         ):
-            module.main(args)
-        return args, json.loads(Path(folder, "run", "metrics.jsonl").read_text("utf-8").splitlines()[-1])
+            module.main(own)
+        *_, before, last = map(json.loads, Path(folder, "run", "metrics.jsonl").read_text().splitlines())
+        last |= {name: last[name] - before[name] for name in ("images", "velocity_evals")}
+        return last, plan(module, own, args.model, args.memory * 1e9, args.tflops * 1e12, args.tiny)
 
 
 def bench_iteration(args, options):
-    """An iteration of each script at the true size with random weights, measured and planned. Options as of theirs.
-
-    It is the first one, after an evaluation of one picture. With --compile, compiling is in its seconds.
-    """
-    cuda, counted = args.device.startswith("cuda"), {}
-    memory = torch.cuda.get_device_properties(args.device).total_memory if cuda else 24e9
-    name = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
-    for module in SCRIPTS:
-        if module.__name__ in args.scripts:
-            own, measured = run_iteration(module, args.model, args.device, args.tiny, options)
-            gc.collect()
-            key = own.resolution, own.guidance > 1, own.lora_rank
-            counted[key] = counted.get(key) or count_model(args.model, own, args.tiny)
-            planned = plan(module, own, memory, args.tflops * 1e12, counted[key])
-            print(f"{module.__name__}.py, {args.model} on {name}: measured, and counted at {args.tflops:g} TFLOP/s")
-            for row in compare(measured, planned):
-                print(row, flush=True)
-    print("What gcpo.py looks up again, and the KL's reference, are measured in training and counted in the rollout.")
-
-
-def compare(measured, planned):
-    """Rows of what an iteration took: a line of metrics.jsonl (where nan is None), and what plan returns."""
-    phases = {"rollout": ("rollout", "encoding"), "reward": ("decoding", "scoring"), "train": ("training",)}
-    seconds = {f"{phase}_s": 60 * sum(planned[f"  {name}"] for name in names) for phase, names in phases.items()}
-    peaks = {f"peak_memory_gb/{p}": max(planned[f"GB in {name}"] for name in names) for p, names in phases.items()}
-    total = sum(measured[phase] for phase in seconds)
-    yield f"{'seconds':24s} {total:10.1f} {60 * planned['minutes']:10.1f}"
-    for name, value in (seconds | peaks | {"velocity_evals": planned["velocity evaluations"]}).items():
-        yield f"{name:24s} {measured.get(name, math.nan):10.1f} {value:10.1f}"
-    yield f"{'TFLOP/s over all':24s} {1e3 * planned['PFLOP'] / total:10.1f}"
-    for name in ("ratio_first_error", "grad_norm", "skipped_updates"):
-        yield f"{name:24s} {math.nan if measured[name] is None else measured[name]:10.2g}"
+    """The last iteration of each script; with --iterations 2 without compiling and encoders' trip."""
+    cuda = args.device == "cuda"
+    card = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
+    a = torch.randn(8192 if cuda else 512, 8192 if cuda else 512, device=args.device).bfloat16()
+    rate = 2 * len(a) ** 3 / median_seconds(lambda: (a @ a)[0, 0].item())
+    print(f"{card}, torch {torch.__version__}, products of bfloat16 matrices at {rate / 1e12:.3g} TFLOP/s")
+    for script in args.scripts:
+        try:
+            measured, counted = run_iteration(SCRIPTS[script], args, options)
+        except Exception as error:  # the next script may have room
+            print(f"{script}: {error!r}", flush=True)
+            continue
+        total = sum(measured[f"{phase}_s"] for phase in ("rollout", "reward", "train"))
+        measured |= {
+            "seconds without eval": total,
+            "share of products": counted["PFLOP"] * 1e15 / total / rate,
+        }
+        shown = [*counted, "share of products", "ratio_first_error", "grad_norm"]
+        measured = {name: measured[name] for name in shown if name in measured}
+        print_table(f"{script} {args.model} {' '.join(options)}", {"measured": measured, "counted": counted})
+        gc.collect()
+        torch.compiler.reset()
 
 
-# ---------------------------------------------------------------- tempflow, curves
+def transformer_seconds(module, line):
+    """Seconds that the transformer alone takes for the calls of an iteration on the tiny model."""
+    args = common.parse_args(module.__name__, module.Args, module.DEFAULTS, line)
+    does, policy = work(module, args), common.make_policy(args, args.micro_batch)
+    (text,) = policy.encode(["a red circle"] * (args.micro_batch - 1))
+    policy.velocity = lambda x, sigma, text, _: policy.family.predict(x, sigma, text, 1.0)
+    seconds = {name: median_seconds(call) for name, call in calls(policy, text).items()}
+    jobs = ("rollout", does.forward), ("train", does.train)
+    return sum(number_of_calls(sizes, args.micro_batch) * seconds[call] for call, sizes in jobs)
 
 
-def bench_tempflow(args):
-    """TempFlow-GRPO's rollout and training on the tiny model, ours against the released code's way, in one process."""
-    options = ["--model", "tiny", "--device", args.device]
-    settings = common.parse_args(tempflow_grpo.Args, tempflow_grpo.DEFAULTS, options)
-    P, S, B = settings.prompts_per_iteration, settings.seeds_per_prompt, settings.branches
-    N, sde, steps = P * S, settings.sde, list(range(settings.steps - 1))
-    policy = common.make_policy(settings, N * B)
-    M, sigmas = policy.micro_batch, policy.sigmas(settings.steps)
-    s = common.noise_scale(sigmas, sde, settings.noise_level)
-    levels, owner = (sigmas[:-2], sigmas[1:-1], s), torch.arange(N, device=policy.store) // S
-    text = policy.encode(common.read_prompts(settings.prompts)[:P])
-    generator = torch.Generator().manual_seed(0)
-    noise = [policy.noise(P, S, generator), *(policy.noise(P, S * B, generator).unflatten(0, (N, B)) for _ in steps)]
-    advantage = torch.randn(len(s), N, B, generator=generator).to(policy.store)
-
-    def lockstep():
-        return tempflow_grpo.rollout(policy, text, owner, noise, sigmas, s, sde, steps)
-
-    def nested():
-        """Each branching step by itself: the trunk once, then its branches to the end."""
-        trunk, repeated = noise[0], owner.repeat_interleave(B)
-        for k in steps:
-            with torch.no_grad():
-                velocity = policy.velocity_in_micro_batches(trunk, sigmas[k], text, owner)
-                mean, std = common.sde_mean_std(trunk, velocity, sigmas[k], sigmas[k + 1], s[k], sde)
-                branches = (mean[:, None] + std * noise[1 + k]).flatten(0, 1)
-                common.ode_sample(policy, branches, text, repeated, sigmas[k + 1 :])
-                trunk = trunk - (sigmas[k] - sigmas[k + 1]) * velocity
-
-    x, x_next, *_ = lockstep()
-
-    def shared():
-        step, seed = torch.cartesian_prod(torch.arange(len(s)), torch.arange(N)).T
-        for mb in torch.arange(len(step)).split(M):
-            inputs = (text, owner, levels, sde, x, x_next, step[mb], seed[mb])
-            logp, _, _ = tempflow_grpo.transition_logp(policy, *inputs)
-            (logp * advantage[step[mb], seed[mb]]).sum().backward()
-
-    def repeated():
-        step, seed, branch = torch.cartesian_prod(torch.arange(len(s)), torch.arange(N), torch.arange(B)).T
-        for mb in torch.arange(len(step)).split(M):
-            k, n, b = step[mb], seed[mb], branch[mb]
-            inputs = (text, owner[n], levels, sde, x[:, n], x_next[:, n, b], k, torch.arange(len(mb)))
-            logp, _, _ = grpo.transition_logp(policy, *inputs)
-            (logp * advantage[k, n, b]).sum().backward()
-
-    print(f"tiny model, {P} prompts x {S} seeds x {B} branches, {settings.steps} steps, on {args.device}")
-    gradients = []
-    pairs = (
-        ("rollout: lockstep / nested loops", lockstep, nested),
-        ("training: shared / repeated states", shared, repeated),
-    )
-    for name, ours, theirs in pairs:
-        seconds, evals = {ours: [], theirs: []}, {}
-        for _ in range(args.repeats):  # in turns, so that a disturbance meets both
-            for run in (ours, theirs):
-                policy.velocity_evals, start = 0, time.perf_counter()
-                run()
-                settle(args.device)
-                seconds[run].append(time.perf_counter() - start)
-                evals[run] = policy.velocity_evals
-                if run in (shared, repeated):
-                    gradients.append(torch.cat([p.grad.flatten().clone() for p in policy.parameters]))
-                    policy.transformer.zero_grad()
-        ratio = min(seconds[theirs]) / min(seconds[ours])
-        print(f"{name}: {evals[ours]} / {evals[theirs]} velocity evaluations, {ratio:.2f} times as fast")
-    error = (gradients[0] - gradients[1]).abs().max() / gradients[1].abs().max()
-    print(f"largest difference of the gradients, relative: {error:.1e}")
-
-
-def bench_processes(args):
-    """Images a second of two processes over those of one: grpo.py, tiny model, CPU, a thread each, in turns."""
-    options = "--device cpu --iterations 4 --eval-every 100 --eval-seeds 1 --eval-steps 1 --micro-batch 24".split()
-    speeds = {1: [], 2: []}
+def bench_side_by_side(args, options):
+    """Rollout and training on the tiny model: a commit, these files, and the transformer alone."""
+    torch.set_num_threads(2)
+    os.environ["OMP_NUM_THREADS"] = "2"
     with tempfile.TemporaryDirectory() as folder:
-        for repeat, processes in itertools.product(range(args.repeats), speeds):
-            output = Path(folder, f"{processes}-{repeat}")
-            launch = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
-            subprocess.run(
-                [sys.executable, *(launch if processes == 2 else []), "grpo.py", *options, "--output", str(output)],
-                cwd=ROOT,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-                check=True,
-                capture_output=True,
-            )
-            lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text("utf-8").splitlines()[1:]]
-            seconds = [line["rollout_s"] + line["reward_s"] + line["train_s"] for line in lines]
-            speeds[processes].append(lines[0]["images"] / statistics.median(seconds))
-            print(f"{processes} processes: {speeds[processes][-1]:.1f} images a second", flush=True)
-    ratios = [two / one for one, two in zip(*speeds.values())]
-    print(f"{statistics.median(ratios):.2f} times as many ({min(ratios):.2f} to {max(ratios):.2f})")
-
-
-def bench_curves(args):
-    """The three algorithms and their ablations over seeds on the tiny model, at equal cost; stop and go on at will."""
-    every = study.jobs_of(args.seeds)
-    unknown = [name for name in args.only if not any(job[0].startswith(name) for job in every)]
-    if unknown or min(args.seeds, args.jobs) < 1:
-        sys.exit(
-            f"error: --only {' '.join(unknown)}: no such run" if unknown else "error: --seeds and --jobs are 1 or more"
+        command = f"mkdir {folder}/before; git archive {args.before} | tar -x -C {folder}/before"
+        subprocess.run(command, shell=True, cwd=ROOT, check=True)
+        # no two images have the same reward, so no advantage is 0 and both do the same calls
+        Path(folder, "reward.py").write_text(
+            "def mean(images, prompts):\n    return images.mean((1, 2, 3))\n"
         )
-    if args.plot:
-        study.report()
-        study.plot()
-        return 0
-    jobs = [job for job in every if not args.only or any(job[0].startswith(o) for o in args.only)]
-    return study.run_study(jobs, args.jobs)
+        quick = f"--reward {folder}/reward.py:mean --device cpu --iterations 3 --eval-every 99 --eval-seeds 1"
 
+        def of_script(root, script, line):
+            output = tempfile.mkdtemp(dir=folder)
+            command = [
+                sys.executable,
+                f"{script}.py",
+                *quick.split(),
+                "--eval-steps",
+                "1",
+                "--output",
+                output,
+                *line,
+            ]
+            subprocess.run(command, cwd=root, check=True, stdout=subprocess.DEVNULL)
+            lines = [json.loads(line) for line in Path(output, "metrics.jsonl").read_text().splitlines()]
+            return min(line["rollout_s"] + line["train_s"] for line in lines[1:])
 
-def settle(device):
-    if str(device).startswith("cuda"):
-        torch.cuda.synchronize()
+        for script, size in ((script, size) for size in ("48", "4") for script in args.scripts):
+            line, to_before, to_own = ["--micro-batch", size, *options], [], []
+            for _ in range(args.pairs):
+                after = of_script(ROOT, script, line)
+                to_before.append(after / of_script(f"{folder}/before", script, line))
+                to_own.append(after / transformer_seconds(SCRIPTS[script], line))
+            print(f"{script} --micro-batch {size}: after / before {median(to_before):.2f}", end=" ")
+            print(f"({min(to_before):.2f} to {max(to_before):.2f}),", end=" ")
+            print(f"after / transformer alone {median(to_own):.2f}", flush=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    command = commands.add_parser("plan", help=bench_plan.__doc__)
-    command.set_defaults(function=bench_plan)
-    command.add_argument("--model", choices=list(SIZES), default="sd3")
-    command.add_argument("--memory", type=float, default=24, help="GB of the GPU")
-    command.add_argument("--tflops", type=float, default=65, help="what it computes in practice, not its data sheet's")
-
-    command = commands.add_parser("model", help=bench_model.__doc__)
-    command.set_defaults(function=bench_model)
-    command.add_argument("--model", choices=list(SIZES), default="sd3")
-    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    command.add_argument("--tiny", action="store_true", help="one or two narrow layers, to try this out on a CPU")
-
-    command = commands.add_parser("iteration", help=bench_iteration.__doc__)
-    command.set_defaults(function=bench_iteration)
-    command.add_argument("--model", choices=list(SIZES), default="sd3")
-    command.add_argument("--scripts", nargs="+", choices=study.SCRIPTS, default=study.SCRIPTS)
-    command.add_argument("--tflops", type=float, default=190, help="what the GPU computes in practice, for the plan")
-    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    command.add_argument("--tiny", action="store_true", help="one or two narrow layers, to try this out on a CPU")
-
-    command = commands.add_parser("tempflow", help=bench_tempflow.__doc__)
-    command.set_defaults(function=bench_tempflow)
-    command.add_argument("--repeats", type=int, default=5)
-    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-
-    command = commands.add_parser("processes", help=bench_processes.__doc__)
-    command.set_defaults(function=bench_processes)
-    command.add_argument("--repeats", type=int, default=5)
-
-    command = commands.add_parser("curves", help=bench_curves.__doc__)
-    command.set_defaults(function=bench_curves)
-    command.add_argument("--seeds", type=int, default=5, help="of each script and ablation; tuning has its own")
-    command.add_argument("--only", nargs="*", default=[], help="runs whose names begin so: tuning, grpo, gcpo-fixed")
-    command.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
-    command.add_argument("--plot", action="store_true", help="tables and figures from tests/curves; needs matplotlib")
-
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = {"plan": bench_plan, "iteration": bench_iteration, "side-by-side": bench_side_by_side}
+    parser.add_argument("command", choices=list(commands))
+    parser.add_argument("--model", choices=list(small_pipelines.MAKERS), default="sd3")
+    parser.add_argument("--memory", type=float, default=24, help="GB of the card")
+    parser.add_argument("--tflops", type=float, default=190, help="what the card does in practice")
+    parser.add_argument("--scripts", nargs="+", choices=list(SCRIPTS), default=list(SCRIPTS))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tiny", action="store_true", help="iteration: a toy, to try it on a CPU")
+    parser.add_argument(
+        "--before", default="HEAD", help="side-by-side: a commit, beside the files as they are"
+    )
+    parser.add_argument("--pairs", type=int, default=10, help="side-by-side: how often")
     args, options = parser.parse_known_args()
-    if args.function not in (bench_plan, bench_model, bench_iteration):
-        parser.parse_args()  # refuses what is left
-        sys.exit(args.function(args))
-    try:
-        args.function(args, options)
-    except common.StopRun as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    commands[args.command](args, options)
 
 
 if __name__ == "__main__":
