@@ -435,7 +435,7 @@ class Policy:
             self.transformer.enable_gradient_checkpointing()
 
     def training_call(self, rows, text):
-        """A forward and a backward of `rows` latents, which leave no trace."""
+        """One forward and backward pass of `rows` latents; gradients and counters are left as they were."""
         self.micro_batch, evals = rows, self.velocity_evals
         index = torch.zeros(rows, dtype=torch.long, device=self.device)
         x = torch.zeros(rows, *self.shape, device=self.device)
@@ -551,7 +551,7 @@ class Policy:
         return wide(velocity[:count])
 
     def velocity_in_micro_batches(self, x, sigma, text, prompt_index, exact=math.inf):
-        """The same for any number of latents. exact: how many, from the first, need the shape of training."""
+        """Like velocity, for any number of latents. exact: how many, from the first, get training's shape."""
         M, starts = self.micro_batch, range(0, len(x), self.micro_batch)
         parts = [(x[n : n + M], sigma, text, prompt_index[n : n + M], n < exact) for n in starts]
         return torch.cat([self.velocity(*part) for part in parts])
@@ -580,7 +580,7 @@ class Policy:
 
     @contextmanager
     def reference(self):
-        """Inside, the adapter is off and no gradient is kept: the frozen model that the KL refers to."""
+        """Inside, the adapter is off and no gradients are kept: the base model that the KL refers to."""
         self.transformer.disable_adapters()
         with torch.no_grad():
             yield
@@ -795,7 +795,7 @@ class Run:
             write(self.folder / "metrics.jsonl", lines.encode())
 
     def remaining(self):
-        """The numbers of the iterations that are left to do."""
+        """The iterations still to run, with a progress bar."""
         done, total = self.iteration, self.args.iterations
         return progress(range(done + 1, total + 1), "iterations", initial=done, total=total, leave=True)
 
@@ -810,7 +810,7 @@ class Run:
         return prompts, [rows.to(self.policy.device) for rows in text]
 
     def phase(self, name):
-        """End the phase before, logged as <phase>_s, and begin one."""
+        """End the previous phase, log its seconds as <phase>_s, and begin another."""
         if self.policy.device.type == "cuda":
             torch.cuda.synchronize()
         before, start = self.current
@@ -819,7 +819,7 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self, iteration, tuned_share=1.0):
-        """Metrics of images of fixed prompts from fixed noise, by the ODE as at inference; not counted.
+        """Evaluate the averaged weights on fixed prompts and noise by ODE steps, which are not counted.
 
         Writes samples/<iteration>.png and samples/compare.png. tuned_share: as in ode_sample.
         """
@@ -957,17 +957,19 @@ def run_config(args):
 class Args:
     """The settings that all scripts share; comments are help texts. None: depends on model and device."""
 
-    prompts: str | None = None  # text file with one prompt per line, or .jsonl; default: those of tiny
-    model: str | None = None  # repository or folder; default: SD3.5 Medium with --prompts on CUDA, else tiny
+    prompts: str | None = None  # text file with one prompt per line, or .jsonl; default: tiny's own
+    model: str | None = (
+        None  # repository or folder; default: SD3.5 Medium with --prompts and a GPU, else tiny
+    )
     reward: str | None = None  # name, or a sum pickscore=0.7,ocr=0.3; default: pickscore, shapes for tiny
     output: str | None = None  # run folder; default: runs/SCRIPT-MODEL-SEED-TIME
     resume: str | None = None  # run folder to resume; options beside it override the settings of that run
     seed: int = 0  # random seed for everything
     device: str | None = None  # cuda or cpu; default: cuda if there is a GPU
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # frozen weights; default on CUDA: bfloat16
-    compile: bool = True  # compile the transformer's blocks, which takes a minute; default on a CPU: off
+    compile: bool = True  # compile the transformer's blocks; default: on for real models on CUDA
     gradient_checkpointing: bool = False  # less memory in training for a third more time
-    micro_batch: int = 3  # M, latents per forward; 0 finds what fits on a GPU, and is the default there
+    micro_batch: int = 3  # M, latents per forward pass; 0 finds what fits on a GPU (default there)
     lora_rank: int = 32  # LoRA rank
     lora_alpha: float = 64.0  # LoRA alpha; the adapter is scaled by alpha / rank
     eval_prompts: str | None = None  # file; default: held-out prompts of the tiny model, else --prompts
@@ -980,7 +982,7 @@ class Args:
     wandb: str | None = None  # project to log to as well; needs the package wandb
 
 
-NOISE_LEVELS = {"dance": 0.3, "cps": 0.8, "precise": 1.5}  # [DG], [CPS], [PR]; of flow: by model
+NOISE_LEVELS = {"flow": 0.7, "dance": 0.3, "cps": 0.8, "precise": 1.5}  # [FG], [DG], [CPS], [PR]
 
 
 def parse_args(script, args_class, defaults, argv=None):
@@ -1011,7 +1013,7 @@ def parse_args(script, args_class, defaults, argv=None):
         settings["micro_batch"] = 0
     settings |= stored | {"model": model}
     if given.sde and given.sde != stored.get("sde", own.sde):
-        settings["noise_level"] = NOISE_LEVELS.get(given.sde, own.noise_level)
+        settings["noise_level"] = NOISE_LEVELS.get(given.sde, 0.7)
     args = tyro.cli(args_class, default=args_class(**settings), args=argv, prog=f"{script}.py")
     args.script, args.model = script, model
     args.micro_batch = args.micro_batch or (0 if args.device.startswith("cuda") else own.micro_batch)
@@ -1081,7 +1083,8 @@ def check_numbers(args):
             lowest = 0 if name in ("seed", "kl_coef", "ema_decay", "guidance", "micro_batch") else 1e-30
             highest = 1 if name in shares else 2**31
             fits = lowest <= value <= highest  # false for nan
-            require(fits, f"--{name.replace('_', '-')} {value} must be over 0 and at most {highest}")
+            limits = f"{'at least' if lowest == 0 else 'over'} 0 and at most {highest}"
+            require(fits, f"--{name.replace('_', '-')} {value} must be {limits}")
     require(args.steps > 1, "--steps must be at least 2, as the last step is never random")
 
 
@@ -1152,7 +1155,7 @@ def load_rewards(args, get_reward):
 
 
 def split_batch(args, each, group):
-    """How many trajectories this process samples, `each` per prompt. group: how many images are compared."""
+    """How many trajectories this process samples, `each` per prompt. group: number of images compared."""
     P, U, processes = args.prompts_per_iteration, args.updates_per_iteration, PartialState().num_processes
     require(group > 1, "a group of one image has no advantage; compare at least two")
     divides = P * each % U == 0 and (processes == 1 or P % (processes * U) == 0)

@@ -32,8 +32,8 @@ class Args(common.Args):
     updates_per_iteration: int = 2  # U, optimizer steps per rollout, each on different images
     steps: int = 10  # T, sampling steps
     sde_steps: str = "early"  # random steps: all, early (the first half), a consecutive list 2,3,4
-    sde: Literal["flow", "dance", "cps", "precise"] = "flow"  # sampler of the random steps
-    noise_level: float = 0.7  # a or eta of --sde; default for dance 0.3, cps 0.8, precise 1.5, flow by model
+    sde: Literal["flow", "dance", "cps", "precise"] = "flow"  # how random steps add noise
+    noise_level: float = 0.7  # of --sde; default: flow 0.7, dance 0.3, cps 0.8, precise 1.5, or the model's
     guidance: float = 1.0  # classifier-free guidance, off at 1
     resolution: int = 512  # pixels per side
     shared_noise: bool = False  # one initial noise for a whole group, as in DanceGRPO
@@ -46,9 +46,9 @@ class Args(common.Args):
     learning_rate: float = 3e-4  # AdamW learning rate
     clip_range: float = 1e-4  # the ratio is clipped to 1 +- clip_range
     adv_clip: float = 5.0  # advantages are clipped to +- adv_clip
-    adv_std: Literal["group", "batch"] = "group"  # advantages are divided by the std of this
+    adv_std: Literal["group", "batch"] = "group"  # divide advantages by the std of this
     kl_coef: float = 0.0  # beta, weight of the KL to the base model; 0 saves its forward passes
-    max_grad_norm: float = 1.0  # the gradient is clipped to this norm
+    max_grad_norm: float = 1.0  # gradients with a larger norm are scaled down to this norm
     ema_decay: float = 0.9  # decay of the moving average of the adapter's weights, off at 0
     ema_every: int = 8  # optimizer steps per step of the moving average
 
@@ -204,7 +204,7 @@ def update(policy, optimizer, args, transitions, old_logp, chunk_average, advant
     (N, K, K), advantage: (N,) and images: (n,) their numbers, on the CPU; first: whether this is the
     iteration's first update.
     """
-    # an advantage of 0 pulls at nothing: without the KL such images are left out, with the same gradient
+    # an advantage of 0 has no gradient: without the KL such images are left out, and the update is the same
     live = images if args.kl_coef > 0 else images[advantage[images] != 0]
     # GCPO: the steps of drawn chunks
     own = chunk_average.diagonal(dim1=1, dim2=2)  # (N, K) 1 / size of a step's chunk, 0 if it was not drawn

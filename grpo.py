@@ -32,25 +32,25 @@ class Args(common.Args):
     updates_per_iteration: int = 2  # U, optimizer steps per rollout, each on different images
     steps: int = 10  # T, sampling steps
     sde_steps: str = "early"  # random steps: all, early (the first half), a list 0,1,2, or how many to draw
-    sde: Literal["flow", "dance", "cps", "precise"] = "flow"  # sampler of the random steps
-    noise_level: float = 0.7  # a or eta of --sde; default for dance 0.3, cps 0.8, precise 1.5, flow by model
+    sde: Literal["flow", "dance", "cps", "precise"] = "flow"  # how random steps add noise
+    noise_level: float = 0.7  # of --sde; default: flow 0.7, dance 0.3, cps 0.8, precise 1.5, or the model's
     guidance: float = 1.0  # classifier-free guidance, off at 1
     resolution: int = 512  # pixels per side
     shared_noise: bool = False  # one initial noise for a whole group, as in DanceGRPO
     learning_rate: float = 3e-4  # AdamW learning rate
     clip_range: float = 1e-4  # the ratio is clipped to 1 +- clip_range
     adv_clip: float = 5.0  # advantages are clipped to +- adv_clip
-    adv_std: Literal["group", "batch"] = "group"  # advantages are divided by the std of this
+    adv_std: Literal["group", "batch"] = "group"  # divide advantages by the std of this
     kl_coef: float = 0.0  # beta, weight of the KL to the base model; 0 saves its forward passes
-    max_grad_norm: float = 1.0  # the gradient is clipped to this norm
+    max_grad_norm: float = 1.0  # gradients with a larger norm are scaled down to this norm
     ema_decay: float = 0.9  # decay of the moving average of the adapter's weights, off at 0
     ema_every: int = 8  # optimizer steps per step of the moving average
 
 
 # What a model wants other than the defaults above, which are those of SD3.5 Medium. tiny: what tuning found.
-# The others: learning rate, clip range, adapter, noise and average of [FG]; the batch is what one GPU does in
-# an estimated 12 hours (tests/bench.py plan), SD3 and FLUX.2 with 24 GB, FLUX.1 with 80 GB: therefore without
-# guidance, as in [FG]'s fast runs, and with early steps only.
+# The others: learning rate, clip range, adapter, noise and average of [FG]. Their batches fill an estimated
+# 12 hours on one GPU (tests/bench.py plan), 24 GB for SD3 and FLUX.2, 80 GB for FLUX.1. To fit, SD3 has no
+# guidance, as in [FG]'s fast runs, and only early steps are trained.
 DEFAULTS = {
     "tiny": dict(
         iterations=160, prompts_per_iteration=8, group_size=12, micro_batch=48, resolution=32,
@@ -117,7 +117,7 @@ def update(policy, optimizer, args, transitions, old_logp, advantage, images, st
     and images: (n,) their numbers, on the CPU; first: whether this is the iteration's first update.
     """
     K = len(old_logp)
-    # an advantage of 0 pulls at nothing: without the KL such images are left out, with the same gradient
+    # an advantage of 0 has no gradient: without the KL such images are left out, and the update is the same
     live = images if args.kl_coef > 0 else images[advantage[images] != 0]
     step, image = torch.cartesian_prod(torch.arange(K), live).T
     advantage = advantage.to(policy.device)

@@ -31,21 +31,21 @@ class Args(common.Args):
     # TempFlow: starts x branches in place of the group size
     seeds_per_prompt: int = 1  # S, initial noises (starts) per prompt
     branches: int = 12  # B, branches at each random step of a start
-    group: Literal["seed", "prompt"] = "seed"  # compare the branches of a start at a step, or of a prompt
+    group: Literal["seed", "prompt"] = "seed"  # compare branches of one start and step, or of the prompt
     weighting: Literal["noise", "none"] = "noise"  # weigh the loss of each step by its noise, or not
     updates_per_iteration: int = 2  # U, optimizer steps per rollout, each on different starts
     steps: int = 10  # T, sampling steps
     sde_steps: str = "0,1,2"  # branch at: all, early (the first half), a list 0,1,2, or how many to draw
-    sde: Literal["flow", "dance", "cps", "precise"] = "flow"  # sampler of the random steps
-    noise_level: float = 0.7  # a or eta of --sde; default for dance 0.3, cps 0.8, precise 1.5, flow by model
+    sde: Literal["flow", "dance", "cps", "precise"] = "flow"  # how random steps add noise
+    noise_level: float = 0.7  # of --sde; default: flow 0.7, dance 0.3, cps 0.8, precise 1.5, or the model's
     guidance: float = 1.0  # classifier-free guidance, off at 1
     resolution: int = 512  # pixels per side
     learning_rate: float = 3e-4  # AdamW learning rate
     clip_range: float = 1e-4  # the ratio is clipped to 1 +- clip_range
     adv_clip: float = 5.0  # advantages are clipped to +- adv_clip
-    adv_std: Literal["group", "batch"] = "group"  # advantages are divided by the std of this
+    adv_std: Literal["group", "batch"] = "group"  # divide advantages by the std of this
     kl_coef: float = 0.0  # beta, weight of the KL to the base model; 0 saves its forward passes
-    max_grad_norm: float = 1.0  # the gradient is clipped to this norm
+    max_grad_norm: float = 1.0  # gradients with a larger norm are scaled down to this norm
     ema_decay: float = 0.9  # decay of the moving average of the adapter's weights, off at 0
     ema_every: int = 8  # optimizer steps per step of the moving average
 
@@ -55,8 +55,8 @@ class Args(common.Args):
 # 4 starts x 6 branches.
 DEFAULTS = {
     "tiny": dict(
-        iterations=220, prompts_per_iteration=4, seeds_per_prompt=2, branches=6, micro_batch=48, resolution=32,
-        sde_steps="all", learning_rate=1e-3, clip_range=3e-4, ema_decay=0.97, ema_every=1,
+        iterations=220, prompts_per_iteration=4, seeds_per_prompt=2, branches=6, micro_batch=48,
+        resolution=32, sde_steps="all", learning_rate=1e-3, clip_range=3e-4, ema_decay=0.97, ema_every=1,
         lora_rank=16, lora_alpha=32.0, eval_every=10, eval_steps=10, eval_seeds=4,
     ),
     "sd3": dict(),
@@ -72,7 +72,7 @@ def rollout(policy, text, prompt_index, noise, sigmas, s, sde, chosen):
 
         noise -- x_0 ---- x_1 ---- x_2 ---- ...       the trunk, by ODE
                     \\ sde  \\ sde  \\
-                     x_next --- --- ---> latents      B branches from each state: one random step, then the ODE
+                     x_next --- --- ---> latents      B branches per state: a random step, then the ODE
 
     text: from policy.encode; prompt_index: (N,) the row of text of each start; noise: (N, C, H, W) of the
     trunks, then one (N, B, C, H, W) per chosen step; sigmas: (T + 1,); s: (T - 1,) noise scales; sde: as in
@@ -168,7 +168,7 @@ def update(policy, optimizer, args, transitions, old_logp, weight, advantage, st
     iteration's first update.
     """
     K = len(old_logp)
-    # an advantage of 0 pulls at nothing: without the KL such states are left out, with the same gradient
+    # an advantage of 0 has no gradient: without the KL such states are left out, and the update is the same
     live = (advantage[:, starts] != 0).any(2)  # TempFlow: left out if it is 0 for all branches of a state
     step, place = (live | (args.kl_coef > 0)).nonzero().T
     start = starts[place]

@@ -1,4 +1,7 @@
-"""What the tests share: the command line as a process, a script's main in this process, a policy in float64."""
+"""What the tests share:
+
+the command line as a process, a script's main in this process, a policy in float64.
+"""
 
 import contextlib
 import importlib
@@ -42,7 +45,10 @@ def cli(script, *options, cwd=ROOT, **kwargs):
 
 
 def run_main(script, *options):
-    """Run a script in this process, as its command line does: returns None, or the message that it ended with."""
+    """Run a script in this process, as its command line does:
+
+    returns None, or the message that it ended with.
+    """
     module, argv = importlib.import_module(script), sys.argv
     sys.argv = [f"{script}.py", *map(str, options)]
     try:
@@ -94,7 +100,9 @@ def state(folder):
 
 
 def assert_same_run(one, other):
-    """Two run folders hold the same metrics (but for times), weights, optimizer, average and counters, bit for bit."""
+    """Two run folders hold the same metrics (but for times), weights, optimizer, average and counters, bit
+    for bit.
+    """
     assert metrics(one, times=False) == metrics(other, times=False)
     one, other = state(one), state(other)
     assert [name for name, _ in one] == [name for name, _ in other]

@@ -1,4 +1,4 @@
-"""Pipelines of every family, of the real classes but a few thousand weights, all random; nothing is fetched."""
+"""Pipelines of every family: the real classes with a few thousand random weights; nothing is fetched."""
 
 import torch
 from diffusers import (
@@ -179,7 +179,9 @@ def save(folder, name, seed=0, **options):
     """Make the pipeline of a family with random weights, save it into folder. Pictures are 16 pixels wide."""
     torch.manual_seed(seed)
     pipe = MAKERS[name](**options)
-    for weight in pipe.transformer.parameters():  # the real initialisation has zeros: then nothing would be tested
+    for (
+        weight
+    ) in pipe.transformer.parameters():  # the real initialisation has zeros: then nothing would be tested
         if weight.dim() > 1:
             torch.nn.init.normal_(weight, std=1.0 / weight[0].numel() ** 0.5)
     pipe.save_pretrained(folder)

@@ -120,7 +120,9 @@ def test_the_noise_level_goes_with_the_sampler(sde, level):
 
 
 def test_legal_prompts_of_unusual_kinds(tmp_path):
-    """CRLF, a BOM, duplicates, 10,000 characters, emoji; a prompt that looks like a path stays a prompt; JSONL."""
+    """CRLF, a BOM, duplicates, 10,000 characters, emoji; a prompt that looks like a path stays a prompt;
+    JSONL.
+    """
     prompts = ["a red circle", "a red circle", "x" * 10_000, "\N{CAT FACE} été", "../../etc/passwd"]
     file = tmp_path / "prompts.txt"
     file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(["# mine", "", *prompts]).encode("utf-8"))

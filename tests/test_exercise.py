@@ -1,16 +1,17 @@
-"""The README's worked exercise, MixGRPO's sliding window as a patch of grpo.py: it applies, and does what it says."""
+"""The README's exercise, MixGRPO's sliding window as a patch of grpo.py, applies and is right."""
 
 import importlib.util
 import re
+import shlex
 import subprocess
-
-import common
-from conftest import ROOT, gradients, metrics, put_weights, relative_error
-from test_gradients import OPTIONS, naive_logp
-from test_readme import README
+import sys
 
 import pytest
 import torch
+
+from conftest import ROOT, gradients, metrics, parse, put_weights, relative_error
+from test_gradients import OPTIONS, naive_logp
+from test_readme import COMMANDS, README
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +25,10 @@ def mixgrpo(tmp_path_factory):
     assert done.returncode == 0, done.stdout + done.stderr
     assert (folder / "mixgrpo.py").read_text("utf-8") != (ROOT / "grpo.py").read_text("utf-8")
     spec = importlib.util.spec_from_file_location("mixgrpo", folder / "mixgrpo.py")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules["mixgrpo"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    yield module
+    del sys.modules["mixgrpo"]
 
 
 def test_window_moves_and_begins_again(mixgrpo):
@@ -35,10 +37,10 @@ def test_window_moves_and_begins_again(mixgrpo):
 
 
 def test_the_window_is_what_is_random_and_trained(mixgrpo, record):
-    """The gradient of each iteration is the naive one on its window; counted as said."""
+    """The gradient of each iteration is the naive one on its window; counted as the README says."""
     seen = record(mixgrpo, *OPTIONS, "--iterations", "3", "--sde-steps", "2", "--window-every", "1")
     for iteration, window in enumerate(([0, 1], [1, 2], [2, 3])):
-        (*_, chosen, _), _ = rollout = seen.rollouts[iteration]
+        (*_, chosen), _ = rollout = seen.rollouts[iteration]
         assert chosen == window
         weights, got = seen.updates[2 * iteration]
         put_weights(seen.policy, weights)
@@ -46,12 +48,18 @@ def test_the_window_is_what_is_random_and_trained(mixgrpo, record):
         logp = [advantage[n] * naive_logp(seen.policy, rollout, k, n) for n in range(4) for k in range(2)]
         assert relative_error(got, gradients(seen.policy, -torch.stack(logp).mean())) < 1e-6
     for line in metrics(seen.folder)[1:]:
-        assert len(line["ratio_first_error_by_step"]) == 2
-        # rollout: 8 images x 5 steps; training: 8 images x the window's 2 steps, backward counts two
+        assert len(line["ratio_first_error_by_step"]) == 2 and line["ratio_first_error"] < 1e-6
+        # rollout: 8 images x 5 steps; training: 8 images x the window's 2 steps, a backward counts as two
         assert line["velocity_evals"] == line["iteration"] * (8 * 5 + 3 * 8 * 2)
+
+
+def test_the_command_of_the_readme_parses(mixgrpo):
+    (command,) = [command for command in COMMANDS if "mixgrpo.py" in command]
+    args = parse("mixgrpo", *shlex.split(command)[2:])
+    assert (args.script, args.sde_steps, args.window_every) == ("mixgrpo", "4", 10)
 
 
 def test_a_window_that_does_not_fit_is_one_line(mixgrpo, record):
     for options in (["--sde-steps", "5"], ["--window-every", "0"]):
-        with pytest.raises(common.StopRun, match=options[0]):
+        with pytest.raises(SystemExit, match=options[0]):
             record(mixgrpo, "--iterations", "1", *options)

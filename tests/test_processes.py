@@ -1,4 +1,7 @@
-"""torchrun: two processes (CPU, gloo) make the run that one makes, and end together whatever happens to one of them."""
+"""torchrun:
+
+two processes (CPU, gloo) make the run that one makes, and end together whatever happens to one of them.
+"""
 
 import os
 import signal
@@ -19,7 +22,7 @@ from conftest import ROOT, SCRIPTS, here, metrics
 SMALL = (
     "--seed 3 --prompts-per-iteration 4 --eval-seeds 1 --lora-rank 4 --micro-batch 4 --steps 4 --eval-steps 3"
 )
-OF_SCRIPT = {  # with what must be known of all processes: the std of all rewards, steps drawn, groups of a prompt
+OF_SCRIPT = {  # with what all processes agree on: the std of all rewards, steps drawn, groups of a prompt
     "grpo": "--group-size 4 --adv-std batch --kl-coef 0.1",
     "gcpo": "--group-size 4 --sde-steps all --chunks adaptive --chunk-fraction 0.5 --weighted-sampling"
     " --ema-decay 0.5 --shared-noise",
@@ -72,7 +75,7 @@ class Torchrun:
         raise AssertionError(f"no process of rank {rank}")
 
     def errors(self):
-        """What the first and the second process wrote to standard error, without the warning of small groups."""
+        """The error lines that the first and the second process wrote."""
         texts = [path.read_text() for path in sorted(self.logs.glob("*/attempt_0/?/stderr.log"))]
         return [[line for line in text.splitlines() if line.startswith("error: ")] for text in texts]
 
@@ -109,7 +112,7 @@ def assert_same_adapter(one, other):
 
 
 def assert_same_metrics(one, other):
-    """Metrics are the same to rounding, counts and what is evaluated exactly; the ratio starts at 1 in both."""
+    """Metrics are the same to rounding, counts and evaluations exactly; the ratio starts at 1 in both."""
     one, other = metrics(one, times=False), metrics(other, times=False)
     assert len(one) == len(other)
     for a, b in zip(one, other):
@@ -178,7 +181,7 @@ def test_every_weight_in_float64(monkeypatch, tmp_path):
 
 
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
-    """One iteration of one process, one of two, one of one again, as in a run of one process for all three."""
+    """An iteration of one process, one of two, one of one, as in a run of one process for all three."""
     arguments = options("grpo", "--eval-every", 1)
     one_process("grpo", tmp_path / "whole", *arguments, "--iterations", 3)
     one_process("grpo", tmp_path / "parts", *arguments, "--iterations", 1)
@@ -225,7 +228,8 @@ import common, grpo
 folder = sys.argv[sys.argv.index("--output") + 1]
 
 def hook(event, args):
-    if event == "open" and isinstance(args[0], str) and folder in args[0] and any(c in str(args[1]) for c in "wax+"):
+    writes = event == "open" and any(mode in str(args[1]) for mode in "wax+")
+    if writes and isinstance(args[0], str) and folder in args[0]:
         descriptor = os.open(folder + "." + os.environ["RANK"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.write(descriptor, args[0].encode() + b"\\n")
 
@@ -235,12 +239,16 @@ common.run_script("grpo", grpo.main, grpo.Args, grpo.DEFAULTS)
 
 
 def test_flat_groups_on_one_of_two_processes(tmp_path):
-    """A reward that is constant for the second process's prompts: it computes nothing and still joins the updates."""
+    """A reward that is constant for the second process's prompts:
+
+    it computes nothing and still joins the updates.
+    """
     (tmp_path / "r.py").write_text(
         "import torch\n"
         "def half(images, prompts):\n"
         "    scores = images.mean((1, 2, 3)).cpu()\n"
-        "    return torch.stack([s if 'red' in p else torch.tensor(731.37) for s, p in zip(scores, prompts)])\n"
+        "    equal = torch.tensor(731.37)\n"
+        "    return torch.stack([s if 'red' in p else equal for s, p in zip(scores, prompts)])\n"
     )
     names = ["a red circle", "a blue circle", "two red squares", "two blue squares"]
     order = common.iteration_prompts(range(4), 4, 1, seed=3)
@@ -279,7 +287,7 @@ def test_reward_that_fails_in_one_process(tmp_path):
         tmp_path / "logs", "grpo", *arguments, "--prompts", tmp_path / "prompts.txt", "--model", "tiny",
         "--reward", reward, "--output", tmp_path / "run",
     )  # fmt: skip
-    status, _, _, (first, second) = run.end(within=3 * MINUTE)
+    status, _, _, (_, second) = run.end(within=3 * MINUTE)
     assert status != 0
     (line,) = second
     assert "picky" in line and "will not look at this" in line

@@ -1,31 +1,152 @@
-"""The README says what is: its commands and options exist, its examples run, its code stands in the files."""
+"""What the README says is true: its commands parse, its code is in the files, its numbers are in the data."""
 
-import itertools
+import ast
+import builtins
+import inspect
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
-
-import common
-import grpo
-import study
-from conftest import ROOT, SCRIPTS, cli, here, metrics, small
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+import common
+import gcpo
+import grpo
+import small_pipelines
+import study
+import tempflow_grpo
+from conftest import ROOT, SCRIPTS, cli, here, metrics, parse, small
+
+MODULES = {"common": common, "grpo": grpo, "gcpo": gcpo, "tempflow_grpo": tempflow_grpo}
 README = (ROOT / "README.md").read_text("utf-8")
 FENCED = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.S | re.M)
-SHELL = "\n".join(text for language, text in FENCED if not language).replace(" && ", "\n")
-COMMANDS = sorted(
-    set(re.findall(r"^(?:python|torchrun) .*\.py\b.*$", SHELL, re.M))
-    | set(re.findall(r"`(python [\w/]+\.py[^`\n]*)`", re.sub(r"^```.*?^```$", "", README, flags=re.S | re.M)))
-)
-OWN = [c for c in COMMANDS if c.startswith("python ") and c.split()[1].removesuffix(".py") in SCRIPTS]
+PROSE = re.sub(r"^```.*?^```$", "", README, flags=re.S | re.M)
+SHELL = "".join(text for language, text in FENCED if not language)
+INLINE = re.findall(r"`((?:python|torchrun) [^`\n]*\.py[^`\n]*)`", PROSE)
+COMMANDS = sorted({*re.findall(r"^(?:python|torchrun) .*\.py\b.*$", SHELL, re.M), *INLINE})
+# The runs behind the table of the quick start: those of each script with its defaults.
+ENDS = {
+    "grpo": "grpo flow 0.7 early",
+    "gcpo": "gcpo flow 0.7 early --chunks 2,3 --chunk-fraction 1",
+    "tempflow_grpo": "tempflow_grpo flow 0.7 all",
+}
+
+
+class FluxPolicy:
+    """What `rollout` and `transition_logp` need of a policy, for a FluxPipeline. Copy it."""
+
+    def __init__(self, pipe, height, width, guidance=3.5, micro_batch=4):  # in tokens of 2 x 2 latents
+        self.pipe, self.guidance, self.micro_batch = pipe, guidance, micro_batch
+        self.image_ids = pipe._prepare_latent_image_ids(1, height, width, pipe.device, pipe.dtype)
+
+    def velocity(self, x, sigma, text, prompt_index):  # x: (B, tokens, channels)
+        embeds, pooled = (rows[prompt_index] for rows in text)
+        sigma, guidance = torch.as_tensor(sigma).expand(len(x)), torch.full((len(x),), self.guidance)
+        dtype, text_ids = self.pipe.dtype, x.new_zeros(embeds.shape[1], 3)
+        inputs = x.to(dtype), embeds, pooled, sigma.to(x.device, dtype), self.image_ids, text_ids
+        return self.pipe.transformer(*inputs, guidance.to(x.device), return_dict=False)[0].float()
+
+    def velocity_in_micro_batches(self, x, sigma, text, prompt_index, exact=None):
+        parts = zip(x.split(self.micro_batch), prompt_index.split(self.micro_batch))
+        return torch.cat([self.velocity(part, sigma, text, rows) for part, rows in parts])
 
 
 def python_block(first_line):
     return next(text for language, text in FENCED if language == "python" and text.startswith(first_line))
+
+
+def rows_under(heading):
+    """The cells of all table rows of a section, without the rows of dashes."""
+    section = re.search(rf"^#+ {heading}\n(.*?)(?=^#|\Z)", README, re.M | re.S).group(1)
+    rows = [[cell.strip() for cell in row[1:-1].split("|")] for row in re.findall(r"^\|.*\|$", section, re.M)]
+    return [row for row in rows if set("".join(row)) - set("- ")]
+
+
+@pytest.fixture
+def user(tmp_path, monkeypatch):
+    """A folder with the files that the commands name, where no hub can be asked what a model is."""
+    monkeypatch.chdir(tmp_path)
+    Path("data.txt").write_text("a red circle\ntwo blue squares\n")
+    Path("my_file.py").write_text(python_block("# my_file.py\n"))
+    monkeypatch.setattr(common, "model_index", fake_index(common.model_index))
+
+
+def fake_index(model_index):
+    pipelines = {"FLUX.2": "Flux2KleinPipeline", "FLUX.1": "FluxPipeline"}
+
+    def index(model):
+        found = [pipeline for part, pipeline in pipelines.items() if part in model]
+        return {"_class_name": found[0]} if found else model_index(model)
+
+    return index
+
+
+# ---------------------------------------------------------------- commands
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.split()[1].removesuffix(".py") in SCRIPTS])
+def test_a_command_parses(command, user):
+    script, options = command.split()[1].removesuffix(".py"), shlex.split(command)[2:]
+    if "--resume" in options:
+        folder = options[options.index("--resume") + 1]
+        assert here(script, *small(script), "--iterations", "1", "--output", folder).returncode == 0
+    assert parse(script, *options).script == script
+
+
+def test_the_models_of_the_table_have_defaults(user):
+    added = [row[2].strip("`").split() for row in rows_under("One GPU")[1:] if row[2]]
+    assert {parse("grpo", "--prompts", "data.txt", *options).iterations for options in added} == {110, 150}
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("torchrun")])
+def test_a_command_for_several_gpus_divides(command, user, monkeypatch):
+    _, _, count, script, *options = shlex.split(command)
+    args = parse(script.removesuffix(".py"), *options)
+    settings = args.__dict__ | {"group": 2}
+    each = settings.get("seeds_per_prompt") or settings["group_size"]
+    several = SimpleNamespace(num_processes=int(count), process_index=0, is_main_process=True)
+    monkeypatch.setattr(common, "PartialState", lambda: several)
+    assert common.split_batch(args, each, 2) == args.prompts_per_iteration * each // int(count)
+
+
+def test_every_command_is_one_of_those():
+    """A command of a kind that no test runs must be added to one."""
+    names = {re.search(r"(\w+)\.py", command).group(1) for command in COMMANDS}
+    assert names == {*SCRIPTS, "mixgrpo"}
+
+
+def test_the_rewards_of_a_user_run(user):
+    command = next(c for c in COMMANDS if "my_file.py" in c)
+    script, options = command.split()[1].removesuffix(".py"), shlex.split(command)[2:]
+    options += ["--output", "run", "--iterations", "1", *small(script)]
+    done = here(script, *options)
+    assert done.returncode == 0, done.stderr
+    assert {"eval/shapes", "reward_std/jpeg_compressibility"} <= metrics("run")[-1].keys()
+
+
+def test_a_bundled_reward_with_other_arguments(user, serve, monkeypatch):
+    server = serve(lambda request: (200, "Score: 4"))
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    names = {}
+    exec(Path("my_file.py").read_text().replace("http://127.0.0.1:8000/v1", server.url), names)
+    scores = names["counting"](torch.rand(2, 3, 16, 16), ["a cat", "two dogs"])
+    assert scores.tolist() == pytest.approx([0.8, 0.8])
+    assert '"two dogs"' in str(server.requests) and "{prompt}" not in str(server.requests)
+
+
+def test_options_named_in_the_readme_exist():
+    fields = {name for script in SCRIPTS for name in MODULES[script].Args.__dataclass_fields__}
+    options = {f"--{name.replace('_', '-')}" for name in fields} | {"--no-compile", "--help"}
+    named = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", README))
+    assert len(named) > 25
+    assert named - options == {"--nproc-per-node", "--no-deps", "--window-every"}
+
+
+# ---------------------------------------------------------------- code
 
 
 def test_example_with_plain_diffusers_runs(tmp_path):
@@ -38,15 +159,75 @@ def test_example_with_plain_diffusers_runs(tmp_path):
     assert (tmp_path / "two_red_circles.png").stat().st_size > 500
 
 
-def test_quoted_code_stands_in_its_file():
-    quotes = [text for language, text in FENCED if language == "python" and re.match(r"# \w+\.py, ", text)]
-    assert len(quotes) == 4
-    for quote in quotes:
-        head, *lines = quote.splitlines()
-        source = [
-            line.strip() for line in (ROOT / re.match(r"# (\w+\.py)", head).group(1)).read_text("utf-8").splitlines()
-        ]
-        assert len(lines) >= 3 and not [line for line in lines if line not in source]
+def test_quoted_code_is_in_its_file():
+    """Line after line, without the docstrings."""
+    quotes = [text for language, text in FENCED if language == "python"]
+    quotes = [part for text in quotes for part in re.split(r"^# (?=\w+\.py\n)", text, flags=re.M)[1:]]
+    quotes = [part.partition("\n")[::2] for part in quotes if not part.startswith("my_file.py")]
+    assert {file for file, _ in quotes} == {f"{name}.py" for name in MODULES}
+    for file, quote in quotes:
+        source = re.sub(r'^ +"""[A-Z].*?"""\n', "", (ROOT / file).read_text("utf-8"), flags=re.S | re.M)
+        lines = [[line.strip() for line in text.strip().splitlines()] for text in (quote, source)]
+        assert "\n".join(lines[0]) in "\n".join(lines[1]), quote
+
+
+def globals_of(function):
+    """The names that a function takes from its file."""
+    function = inspect.unwrap(function)
+    loaded = {n.id for n in ast.walk(ast.parse(inspect.getsource(function))) if isinstance(n, ast.Name)}
+    own = {name for name in loaded if name in function.__globals__ and not hasattr(builtins, name)}
+    return own - {function.__name__, "torch", "math"}
+
+
+def test_what_a_copied_function_takes_along():
+    for names, file, with_it in rows_under("Copy a function into your project")[1:]:
+        module = MODULES[file.strip("`").removesuffix(".py")]
+        names, with_it = (set(re.findall(r"`(\w+)`", cell)) for cell in (names, with_it))
+        needed, todo = set(), [*names]
+        while todo:
+            function = getattr(module, todo.pop(), None)
+            if inspect.isfunction(function) and function.__module__ == module.__name__:
+                new = {"progress" if n == "common" else n for n in globals_of(function)} - needed - names
+                needed, todo = needed | new, [*todo, *new]
+        policy = {"policy"} if "rollout" in names else set()
+        assert (needed - names) | policy == with_it - names or needed | policy == with_it, (names, needed)
+
+
+def test_a_policy_for_a_flux_pipeline():
+    """FluxPolicy is the family in common.py; a rollout with it and training agree."""
+    torch.manual_seed(0)
+    pipe = small_pipelines.flux()
+    for part in (pipe.text_encoder, pipe.text_encoder_2, pipe.transformer):
+        part.eval().requires_grad_(False)
+    for weight in pipe.transformer.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=1.0 / weight[0].numel() ** 0.5)
+    prompts, T = ["a cat", "a dog"], 5
+    mine, text, index = FluxPolicy(pipe, 4, 4), pipe.encode_prompt(prompts, None)[:2], torch.arange(2)
+    policy = common.Policy(pipe, 16, guidance=3.5, micro_batch=4, device="cpu")
+    pipe.scheduler.set_timesteps(sigmas=[1 - n / T for n in range(T)], mu=policy.family.shift(16, T))
+    sigmas = pipe.scheduler.sigmas
+    assert torch.equal(sigmas, policy.sigmas(T)) and sigmas[-1] == 0
+
+    def pack(x):
+        return pipe._pack_latents(x, *x.shape)
+
+    x = torch.randn(2, *policy.shape)
+    (own,) = policy.encode(prompts)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            mine.velocity(pack(x), 0.7, text, index), pack(policy.velocity(x, 0.7, own, index))
+        )
+        s = common.noise_scale(sigmas, "flow", 0.9)
+        noise = [torch.randn(2, 16, 16), *torch.randn(2, 2, 3, 16, 16)]
+        x, x_next, logp, images = tempflow_grpo.rollout(mine, text, index, noise, sigmas, s, "flow", [0, 1])
+        levels = [level[[0, 1]] for level in (sigmas[:-2], sigmas[1:-1], s)]
+        steps = torch.tensor([0, 1])
+        again, _, _ = tempflow_grpo.transition_logp(
+            mine, text, index, levels, "flow", x, x_next, steps, index
+        )
+    assert images.shape == (12, 16, 16)
+    torch.testing.assert_close(again, logp[steps, index], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -58,127 +239,87 @@ def test_every_metric_is_explained(script, tmp_path):
         assert f"`{key}`" in explained or key == "iteration", key
 
 
-def test_the_terminal_shows_what_the_readme_shows(tmp_path):
-    shown = next(text for language, text in FENCED if language == "text").splitlines()
-    done = cli("grpo", *small("grpo"), "--iterations", "1", "--output", tmp_path / "run")
-    kinds = [re.sub(r"[\d.,]+", "0", line).split()[:1] for line in done.stdout.splitlines()]
-    for line in shown:
-        assert line == "..." or re.sub(r"[\d.,]+", "0", line).split()[:1] in kinds, line
+# ---------------------------------------------------------------- numbers
 
 
-@pytest.mark.parametrize("command", OWN)
-def test_commands_with_the_scripts(command, tmp_path, monkeypatch, serve):
-    """Every command line of a script, as it stands, but for sizes that take seconds."""
-    script, options = command.split()[1].removesuffix(".py"), shlex.split(command)[2:]
-    monkeypatch.chdir(tmp_path)
-    Path("data.txt").write_text("a red circle\ntwo blue squares\n")
-    Path("my_file.py").write_text(python_block("# my_file.py\n"))
-    if "--help" in options:
-        assert cli(script, *options).stdout.startswith("usage")
-        return
-    scores = itertools.cycle("12345")
-    server = serve(lambda request: (200, f"Score: {next(scores)}"))
-    options = [option.replace("http://127.0.0.1:8000/v1", server.url) for option in options]
-    quick = [*small(script), "--iterations", "1"]
-    if "--resume" in options:
-        folder = options[options.index("--resume") + 1]
-        assert here(script, *quick, "--output", folder).returncode == 0
-        options, quick = options[:2], ["--iterations", "2"]
-    done = here(script, *options, *quick)
-    assert done.returncode == 0, done.stderr
-    assert len(list(tmp_path.glob("runs/*/metrics.jsonl"))) == 1
-    assert ("vlm:" in command) == bool(server.requests)
-
-
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("torchrun")])
-def test_commands_for_eight_gpus_divide(command, tmp_path, monkeypatch):
-    """Their options exist, and their batches divide among eight processes; the models cannot be had here."""
-    count, script, *options = shlex.split(command)[2:]
-    module = __import__(script.removesuffix(".py"))
-    given = common.read_command_line(module.Args, module.DEFAULTS, options)
-    settings = module.DEFAULTS["flux" if "FLUX" in command else "sd3"] | given
-    monkeypatch.setattr(common, "PROCESSES", int(count))
-    args = module.Args(**settings)
-    each = args.seeds_per_prompt if script == "tempflow_grpo.py" else args.group_size
-    assert common.split_batch(args, each) == settings["prompts_per_iteration"] * each // int(count)
-
-
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "bench.py" in c and "curves" not in c])
-def test_commands_with_the_benchmarks(command):
-    quick = {"model": ["--tiny", "--resolution", "64", "--device", "cpu"], "plan": []}
-    quick |= {"tempflow": ["--repeats", "1"], "processes": ["--repeats", "2"]}
-    small = "--resolution 32 --prompts-per-iteration 2 --group-size 4 --branches 2 --steps 4 --sde-steps 0,1,2"
-    quick["iteration"] = [*small.split(), "--tiny", "--device", "cpu"]
-    options = shlex.split(command)[2:]
-    line = [sys.executable, "tests/bench.py", *options, *quick[options[0]]]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert "nan times" not in done.stdout and len(done.stdout.splitlines()) > 3
-
-
-def test_every_command_is_one_of_those():
-    """A command of a kind that no test runs must be added to one."""
-    known = {f"{script}.py" for script in SCRIPTS} | {"tests/bench.py", "tests/drawing.py", "mixgrpo.py"}
-    assert COMMANDS and {re.search(r"\S+\.py", command).group(0) for command in COMMANDS} <= known
-
-
-def test_table_of_results_is_that_of_the_committed_metrics():
-    for line in study.tables()["main"].splitlines():
-        assert line in README, f"{line}\nrun python tests/bench.py curves --plot"
+def test_claims_are_those_of_the_study():
+    """Every row is a row of the study's page, and every interval in the text is on that page."""
     page = (ROOT / "tests/curves/README.md").read_text("utf-8")
-    bullets = re.search(r"^## Results.*?\n(- .*?)\n\n## ", README, re.M | re.S).group(1)
-    told = re.findall(r"[+-]?0\.\d{3}(?: ± 0\.\d{3})?", bullets)
-    assert len(told) > 8 and all(number in page for number in told), [n for n in told if n not in page]
+    claims = {re.sub(r" *\| *", "|", line) for line in page.splitlines()}
+    rows = ["|" + "|".join(row) + "|" for row in rows_under("Results")]
+    assert len(rows) > 5 and not set(rows) - claims, set(rows) - claims
+    section = re.search(r"^## Results\n(.*?)(?=^## )", README, re.M | re.S).group(1)
+    intervals = re.findall(r"[+-]?0\.\d{3} ± 0\.\d{3}", section)
+    assert len(intervals) >= len(rows) - 1 and all(interval in page for interval in intervals)
 
 
-def test_counted_lines():
-    """The table of what to read: lines of a file, and lines that differ."""
-    found = dict(re.findall(r"^\| \[`(\w+\.py)`\]\(\w+\.py\) \| (\d+) \|", README, re.M))
-    assert len(found) == 3
-    for file, lines in found.items():
-        assert len((ROOT / file).read_text("utf-8").splitlines()) == int(lines), file
-    for other, lines in re.findall(r"^\| `diff grpo.py (\w+\.py)` \| (\d+) changed", README, re.M):
-        diff = subprocess.run(["diff", "grpo.py", other], cwd=ROOT, capture_output=True, text=True).stdout
-        assert sum(line[0] in "<>" for line in diff.splitlines()) == int(lines), other
+def test_ends_of_the_quick_start_are_those_of_the_committed_runs():
+    runs = study.load()
+    for command, _, mean, ends in rows_under("A laptop")[1:]:
+        name = ENDS[command.split()[1].removesuffix(".py`")]
+        last = [runs[name, seed][-1]["eval_reward"] for seed in range(5)]
+        assert mean == f"{sum(last) / 5:.3f}" and ends == f"{min(last):.3f}, {max(last):.3f}", command
+
+
+def test_worked_example_of_a_step():
+    """What the README asks a reader to work out: sigma 0.5 to 0.4, a = 0.7, x = 1, v = 2."""
+    sigmas = torch.tensor([1.0, 0.5, 0.4, 0.0], dtype=torch.float64)
+    s, one = common.noise_scale(sigmas, "flow", 0.7)[1], torch.ones(1, 1, 1, 1).double()
+    mean, std = common.sde_mean_std(one, 2 * one, 0.5, 0.4, s)
+    shown = re.search(r"mean ([\d.]+\d) and std ([\d.]+\d)", README)
+    assert float(shown.group(1)) == pytest.approx(mean.item(), abs=5e-4)
+    assert float(shown.group(2)) == pytest.approx(std.item(), abs=5e-4)
+
+
+def test_noise_that_flow_leaves():
+    """The std of what is not image before the last step, if the predicted image is right."""
+    sigmas = common.load_pipeline(str(common.TINY), "float32", 32).scheduler
+    sigmas.set_timesteps(10)
+    sigmas = sigmas.sigmas.double()
+    s, left = common.noise_scale(sigmas, "flow", 0.7), []
+    for count in (9, 5):
+        noise = torch.tensor(1.0).double()
+        for n in range(9):
+            drift, std = common.sde_drift_std(sigmas[n], sigmas[n + 1], s[n] if n < count else 0 * s[n])
+            noise = ((noise * (sigmas[n + 1] - drift) / sigmas[n]) ** 2 + std**2).sqrt()
+        left.append(noise.item())
+    shown = re.search(r"expects there, ([\d.]+\d) .*? leaves ([\d.]+\d), .*? leaves ([\d.]+\d)", README)
+    for text, number in zip(shown.groups(), [sigmas[9].item(), *left]):
+        assert round(number, len(text) - 2) == float(text)
+
+
+def test_worked_example_of_chunks():
+    found = re.search(r"`(\[[\d., ]+\])` and `--chunk-max (\d)`.*?: sizes ([\d, ]+)\.", README)
+    curve, chunk_max, sizes = found.groups()
+    got = gcpo.adaptive_chunks(torch.tensor(ast.literal_eval(curve)), int(chunk_max))
+    assert got == [int(size) for size in sizes.split(", ")]
+
+
+def test_costs_are_those_of_the_formulas():
+    T, K, G, U, f, S, B = 10, 9, 24, 2, 1 / 2, 4, 6
+    branches = S * (1 + K - 1) + S * B * sum(T - 1 - k for k in range(K))
+    costs = [(G * T, 3 * G * K, G), (G * T, (4 - 1 / U) * f * G * K, G), (branches, 3 * S * K, S * B * K)]
+    shown = [
+        tuple(int(cell) for cell in row[1:]) for row in rows_under("What they cost") if row[1].isdecimal()
+    ]
+    assert shown == costs
+
+
+# ---------------------------------------------------------------- the page
 
 
 def test_mathematics_is_as_github_reads_it():
-    """Between single dollars markdown takes `\\,` and `\\|` apart before they are read as TeX; in a math block not."""
-    prose = re.sub(r"^```.*?^```", "", README, flags=re.S | re.M)
-    prose = re.sub(r"`[^`\n]*`", "", prose)
-    assert prose.count("$") % 2 == 0
-    for formula in re.findall(r"\$([^$]*)\$", prose):
-        assert not re.search(r"\\[^a-zA-Z]|\|", formula) and formula == formula.strip(), formula
-
-
-def test_options_named_in_the_readme_exist():
-    help_text = "".join(cli(script, "--help").stdout for script in SCRIPTS) + (ROOT / "tests/bench.py").read_text(
-        "utf-8"
-    )
-    elsewhere = {"--help", "--plot", "--nproc-per-node", "--window-every", "--no-deps", "--shutdown-timeout"}
-    named = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", README)) - elsewhere
-    assert len(named) > 15 and not {option for option in named if option not in help_text}
+    """Formulas are in math blocks: between single dollars markdown reads `\\,` and `\\|` before TeX does."""
+    assert "$" not in re.sub(r"`[^`\n]*`", "", PROSE)
+    for language, text in FENCED:
+        assert language != "math" or text.count("{") == text.count("}")
 
 
 def test_links_and_pictures_of_the_readme_are_there():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("http") or (ROOT / target).exists(), target
+    for file in re.findall(r"`([\w/]+\.(?:py|md|txt|png))`", PROSE):
+        assert (ROOT / file).exists() or file in ("data.txt", "samples/compare.png"), file
     heads = re.findall(r"^#+ (.*)$", README, re.M)
     anchors = {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
     assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= anchors
-
-
-def test_the_readme_is_short_and_complete():
-    assert len(README.splitlines()) <= 350 and "@?@" not in README
-
-
-def test_worked_example_of_a_step():
-    """What the README asks a reader to work out: sigma 0.5 to 0.4, a = 0.7, x = 1, v = 2."""
-    import torch
-
-    sigmas = torch.tensor([1.0, 0.5, 0.4, 0.0], dtype=torch.float64)
-    s = common.noise_scale(sigmas, "flow", 0.7)[1]
-    mean, std = grpo.sde_mean_std(torch.ones(1, 1, 1, 1).double(), torch.full((1, 1, 1, 1), 2.0).double(), 0.5, 0.4, s)
-    shown = re.search(r"mean ([\d.]+\d) and std ([\d.]+\d)", README)
-    assert float(shown.group(1)) == pytest.approx(mean.item(), abs=5e-4)
-    assert float(shown.group(2)) == pytest.approx(std.item(), abs=5e-4)

@@ -1,4 +1,6 @@
-"""However a run ends, its last complete iteration resumes to the end of a run that was left alone, bit for bit."""
+"""However a run ends, its last complete iteration resumes to the end of a run that was left alone, bit for
+bit.
+"""
 
 import json
 import multiprocessing
@@ -155,7 +157,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(whole, monkeypatch, tmp_pat
 
 
 def test_a_full_disk(whole, monkeypatch, tmp_path):
-    """The limit on a file's size stands for it, at the checkpoint of iteration 2; then there is room again."""
+    """A limit on the size of files, at the checkpoint of iteration 2; then there is room again."""
     run, original = tmp_path / "run", common.write
 
     def write(path, data):

@@ -84,7 +84,8 @@ def test_same_seed_same_files_and_the_run_folder(script, tmp_path):
     assert (samples / "progress.png").exists()
     with Image.open(samples / "2.png") as sheet, Image.open(samples / "compare.png") as both:
         assert both.width >= 2 * sheet.width and sheet.getextrema() != ((255, 255),) * 3
-    interface = """iteration reward_mean reward_std reward/shapes reward_std/shapes zero_std_groups ratio_mean ratio_min ratio_max
+    interface = """iteration reward_mean reward_std reward/shapes reward_std/shapes zero_std_groups
+        ratio_mean ratio_min ratio_max
         ratio_first_error ratio_first_error_by_step clip_low clip_high approx_kl loss grad_norm images
         velocity_evals rollout_s reward_s train_s eval_reward eval/shapes""".split()
     assert set(interface) <= set(metrics(tmp_path / "a")[-1])

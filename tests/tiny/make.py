@@ -1,11 +1,13 @@
-"""Make the bundled model: a StableDiffusion3Pipeline small enough for a laptop, trained from scratch on drawn scenes.
+"""Make the bundled model: a StableDiffusion3Pipeline small enough for a laptop, trained from scratch on drawn
+scenes.
 
     python tests/tiny/make.py            # writes the model and the two prompt files beside this script
 
-Scenes have one to four large objects, at most one to a quadrant, and captions in the manner of GenEval: counting
-("three red circles"), two objects ("a red circle and a blue square"), position ("a red circle left of a blue square").
-As on the web, captions are noisy: NOISE of them tell of another scene. So the model draws clear pictures that often
-are not what was asked for, and that is the room in which reinforcement learning can show what it does.
+Scenes have one to four large objects, at most one to a quadrant, and captions in the manner of GenEval:
+counting ("three red circles"), two objects ("a red circle and a blue square"), position ("a red circle left
+of a blue square"). As on the web, captions are noisy: NOISE of them tell of another scene. So the model draws
+clear pictures that often are not what was asked for, and that is the room in which reinforcement learning can
+show what it does.
 """
 
 import argparse
@@ -18,7 +20,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 HERE = Path(__file__).resolve().parent
@@ -61,7 +68,10 @@ def split_prompts(seed=0):
 
 
 def draw(scenes, rng):
-    """Draw scenes, with random places and sizes: lists of (colour, shape), relation -> (B, 3, 32, 32) in [0, 1]."""
+    """Draw scenes, with random places and sizes:
+
+    lists of (colour, shape), relation -> (B, 3, 32, 32) in [0, 1].
+    """
     axis = torch.arange(32.0)
     images = torch.ones(len(scenes), 3, 32, 32)
     for image, (objects, relation) in zip(images, scenes):
@@ -101,11 +111,15 @@ def miscaption(prompt, rng):
 
 
 def make_tokenizer():
-    """A CLIPTokenizer in which every word of the captions is one token: its letters are merged one after the other.
+    """A CLIPTokenizer in which every word of the captions is one token: its letters are merged one after the
+    other.
 
-    Merges of long words come first; in another order the pairs of a short word would cut a long one in the wrong place.
+    Merges of long words come first; in another order the pairs of a short word would cut a long one in the
+    wrong place.
     """
-    words = sorted({word for prompt in ALL_PROMPTS for word in prompt.split()}, key=lambda word: (-len(word), word))
+    words = sorted(
+        {word for prompt in ALL_PROMPTS for word in prompt.split()}, key=lambda word: (-len(word), word)
+    )
     merges, tokens = [], set()
     for word in words:
         head, *letters = [*word[:-1], word[-1] + "</w>"]
@@ -156,8 +170,8 @@ def make_pipeline():
         pos_embed_max_size=4,
         qk_norm="rms_norm",
     )
-    # SD3's sinusoids are spaced for large grids: on 4 x 4 tokens neighbours would look alike. The table is a buffer
-    # that is saved with the weights, so give each token a direction of its own.
+    # SD3's sinusoids are spaced for large grids: on 4 x 4 tokens neighbours would look alike. The table is a
+    # buffer that is saved with the weights, so give each token a direction of its own.
     table = transformer.pos_embed.pos_embed
     table.copy_(torch.nn.init.orthogonal_(torch.empty(table.shape[1:])) * math.sqrt(table.shape[-1]) / 2)
     return StableDiffusion3Pipeline(
@@ -209,11 +223,16 @@ def train_vae(vae, rng, steps, batch=64):
 
 
 def train_flow(pipe, rng, steps, noise, batch=128, lr=2e-3):
-    """Flow matching, text encoders and transformer together: v = eps - x0 at a uniform sigma; EMA of the weights."""
+    """Flow matching, text encoders and transformer together:
+
+    v = eps - x0 at a uniform sigma; EMA of the weights.
+    """
     modules = torch.nn.ModuleList([pipe.transformer, pipe.text_encoder, pipe.text_encoder_2])
     optimizer = torch.optim.AdamW(modules.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
-    ema = torch.optim.swa_utils.AveragedModel(modules, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995))
+    ema = torch.optim.swa_utils.AveragedModel(
+        modules, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995)
+    )
     start, losses = time.time(), []
     for step in range(steps):
         prompts = [
@@ -229,7 +248,9 @@ def train_flow(pipe, rng, steps, noise, batch=128, lr=2e-3):
                 pipe.vae.encode(images).latent_dist.sample() - pipe.vae.config.shift_factor
             ) * pipe.vae.config.scaling_factor
         eps, sigma = torch.randn_like(x0), torch.rand(batch, 1, 1, 1)
-        velocity = pipe.transformer((1 - sigma) * x0 + sigma * eps, embeds, pooled, sigma.flatten() * 1000).sample
+        velocity = pipe.transformer(
+            (1 - sigma) * x0 + sigma * eps, embeds, pooled, sigma.flatten() * 1000
+        ).sample
         loss = F.mse_loss(velocity, eps - x0)
         optimizer.zero_grad()
         loss.backward()
@@ -239,10 +260,8 @@ def train_flow(pipe, rng, steps, noise, batch=128, lr=2e-3):
         ema.update_parameters(modules)
         losses.append(loss.item())
         if step % 250 == 0 or step == steps - 1:
-            print(
-                f"flow {step:5d}  loss {sum(losses[-250:]) / len(losses[-250:]):.4f}  {time.time() - start:.0f} s",
-                flush=True,
-            )
+            mean = sum(losses[-250:]) / len(losses[-250:])
+            print(f"flow {step:5d}  loss {mean:.4f}  {time.time() - start:.0f} s", flush=True)
         if (step + 1) % 500 == 0 and step + 1 < steps:
             backup = {k: v.clone() for k, v in modules.state_dict().items()}
             modules.load_state_dict(ema.module.state_dict())
@@ -258,19 +277,25 @@ def encode(pipe, prompts):
 
 @torch.no_grad()
 def judge(pipe, guidance, folder=None):
-    """Mean reward of the pipeline's own pictures, 10 steps, over all prompts of the two files, by kind of prompt."""
+    """Mean reward of the pipeline's own pictures, 10 steps, over all prompts of the two files, by kind of
+    prompt.
+    """
     pipe.set_progress_bar_config(disable=True)
     train, held_out = split_prompts()
     prompts = held_out + train
     generator = torch.Generator().manual_seed(0)
-    options = dict(num_inference_steps=10, guidance_scale=guidance, max_sequence_length=0, generator=generator)
+    options = dict(
+        num_inference_steps=10, guidance_scale=guidance, max_sequence_length=0, generator=generator
+    )
     images = pipe(prompts, output_type="pt", **options).images
     scores = shapes(images, prompts)
     if folder:
         captions = [f"{score:.2f} {prompt}" for score, prompt in zip(scores, prompts)]
         save_pictures(images[:64].cpu(), captions, folder, round(guidance))
     kinds = ["count" if " a " not in p else "and" if " and " in p else "position" for p in prompts]
-    means = {kind: scores[torch.tensor([k == kind for k in kinds])].mean().item() for kind in sorted(set(kinds))}
+    means = {
+        kind: scores[torch.tensor([k == kind for k in kinds])].mean().item() for kind in sorted(set(kinds))
+    }
     text = "  ".join(f"{kind} {mean:.3f}" for kind, mean in means.items())
     print(f"guidance {guidance}: reward {scores.mean().item():.3f}  ({text})", flush=True)
 
@@ -280,7 +305,9 @@ def main():
     parser.add_argument("--output", type=Path, default=HERE, help="folder to write to")
     parser.add_argument("--vae-steps", type=int, default=1500)
     parser.add_argument("--steps", type=int, default=3500)
-    parser.add_argument("--noise", type=float, default=NOISE, help="share of captions that tell of another scene")
+    parser.add_argument(
+        "--noise", type=float, default=NOISE, help="share of captions that tell of another scene"
+    )
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     for name, prompts in zip(("prompts.txt", "eval_prompts.txt"), split_prompts()):

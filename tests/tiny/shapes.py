@@ -1,4 +1,5 @@
-"""The reward `shapes`: how well a picture of the tiny model shows what its prompt asks for, told by its pixels.
+"""The reward `shapes`: how well a picture of the tiny model shows what its prompt asks for, told by its
+pixels.
 
 It is loaded as any reward of one's own is (FILE.py:FUNCTION). `shapes.reads` says which prompts it can read.
 """
@@ -9,10 +10,20 @@ import re
 import torch
 import torch.nn.functional as F
 
-COLOURS = {"red": (1.0, 0.0, 0.0), "green": (0.0, 0.7, 0.0), "blue": (0.0, 0.0, 1.0), "yellow": (1.0, 0.8, 0.0)}
+COLOURS = {
+    "red": (1.0, 0.0, 0.0),
+    "green": (0.0, 0.7, 0.0),
+    "blue": (0.0, 0.0, 1.0),
+    "yellow": (1.0, 0.8, 0.0),
+}
 SHAPES = ("circle", "square", "triangle")
 NUMBERS = {"a": 1, "two": 2, "three": 3, "four": 4}
-RELATIONS = {"left of": (1, 0), "right of": (-1, 0), "above": (0, 1), "below": (0, -1)}  # from first to second, y down
+RELATIONS = {
+    "left of": (1, 0),
+    "right of": (-1, 0),
+    "above": (0, 1),
+    "below": (0, -1),
+}  # from first to second, y down
 _THING = rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
 _COUNT = re.compile(rf"({'|'.join(NUMBERS)}) {_THING}(s?)")
 _PAIR = re.compile(rf"a {_THING} (and|{'|'.join(RELATIONS)}) a {_THING}")
@@ -21,8 +32,8 @@ _PAIR = re.compile(rf"a {_THING} (and|{'|'.join(RELATIONS)}) a {_THING}")
 def parse_scene(prompt):
     """Read a prompt of the tiny model: (objects, relation).
 
-    objects: list of (colour, shape), one entry an object. relation: a key of RELATIONS from objects[0] to objects[1],
-    or None. Raises ValueError, with what the tiny model can draw, for any other prompt.
+    objects: list of (colour, shape), one entry an object. relation: a key of RELATIONS from objects[0] to
+    objects[1], or None. Raises ValueError, with what the tiny model can draw, for any other prompt.
     """
     text = " ".join(prompt.lower().split()).rstrip(".")
     if match := _COUNT.fullmatch(text):
@@ -43,7 +54,8 @@ def parse_scene(prompt):
 def shape_inside(shape, dx, dy, radius):
     """Signed distance to a shape's edge, in pixels, negative inside (exact but for the outside of corners).
 
-    dx, dy: offsets from the shape's centre, y down. The triangle points up: apex at -radius, base at 0.8 radius.
+    dx, dy: offsets from the shape's centre, y down. The triangle points up: apex at -radius, base at 0.8
+    radius.
     """
     if shape == "circle":
         return torch.hypot(dx, dy) - radius
@@ -53,7 +65,10 @@ def shape_inside(shape, dx, dy, radius):
 
 
 def _connected_components(mask):
-    """mask: (N, H, W) bool -> (N, H, W) labels: 0 outside, else one positive number a 4-connected component."""
+    """mask:
+
+    (N, H, W) bool -> (N, H, W) labels: 0 outside, else one positive number a 4-connected component.
+    """
     height, width = mask.shape[-2:]
     mask = mask.float()
     label = mask * torch.arange(1, height * width + 1, dtype=torch.float32).view(height, width)
@@ -71,11 +86,13 @@ def _connected_components(mask):
 def find_objects(images, min_area=16):
     """Find the coloured shapes in pictures of 32 x 32 pixels on a light ground.
 
-    images: (B, 3, 32, 32) in [0, 1]. Returns B lists of (colour, shape, quality, x, y): quality in [0, 1] says how well
-    the blob fits the best of the three shapes (intersection over union 0.55 or less is 0, 0.8 or more is 1), x and y
-    are its centroid in pixels. Blobs under min_area pixels are not counted.
+    images: (B, 3, 32, 32) in [0, 1]. Returns B lists of (colour, shape, quality, x, y): quality in [0, 1]
+    says how well the blob fits the best of the three shapes (intersection over union 0.55 or less is 0, 0.8
+    or more is 1), x and y are its centroid in pixels. Blobs under min_area pixels are not counted.
     """
-    ink = 1 - images.float().cpu()  # what is missing from white: an edge pixel has its object's ink, only less
+    ink = (
+        1 - images.float().cpu()
+    )  # what is missing from white: an edge pixel has its object's ink, only less
     palette = 1 - torch.tensor(list(COLOURS.values()))
     cosine = torch.einsum("bchw,kc->bkhw", F.normalize(ink, dim=1), F.normalize(palette, dim=1))
     strength = torch.einsum("bchw,kc->bkhw", ink, palette) / palette.square().sum(1)[None, :, None, None]
@@ -101,7 +118,11 @@ def find_objects(images, min_area=16):
     x = (blob.sum(1) * axis).sum(1) / area
     y = (blob.sum(2) * axis).sum(1) / area
     overlap = []
-    for shape, unit_area, centre in (("circle", torch.pi, 0.0), ("square", 1.76**2, 0.0), ("triangle", 1.8, 0.2)):
+    for shape, unit_area, centre in (
+        ("circle", torch.pi, 0.0),
+        ("square", 1.76**2, 0.0),
+        ("triangle", 1.8, 0.2),
+    ):
         radius = (area / unit_area).sqrt()  # the template has the blob's area and centroid
         dx = axis[None, None, :] - x[:, None, None]
         dy = axis[None, :, None] - (y - centre * radius)[:, None, None]
@@ -119,10 +140,11 @@ def find_objects(images, min_area=16):
 def score_scene(found, objects, relation):
     """Compare what is in a picture (find_objects) with what was asked for (parse_scene): a score in [0, 1].
 
-    Each object asked for is paired with at most one found, for the best sum. A pair earns its quality where colour and
-    shape are right, 0.3 of it where only one is; the sum is divided by the larger of the two counts, so that objects
-    too many cost as much as objects too few. A wrong or missing relation halves the score. The score is squared, so
-    that near misses earn something and much less than a hit. More than eight objects score 0.
+    Each object asked for is paired with at most one found, for the best sum. A pair earns its quality where
+    colour and shape are right, 0.3 of it where only one is; the sum is divided by the larger of the two
+    counts, so that objects too many cost as much as objects too few. A wrong or missing relation halves the
+    score. The score is squared, so that near misses earn something and much less than a hit. More than eight
+    objects score 0.
     """
 
     def credit(want, have):
@@ -145,9 +167,11 @@ def score_scene(found, objects, relation):
 
 
 def shapes(images, prompts):
-    """How well pictures of the tiny model show what their prompts ask for, in [0, 1]: count, colour, shape, position.
+    """How well pictures of the tiny model show what their prompts ask for, in [0, 1]: count, colour, shape,
+    position.
 
-    images: (B, 3, 32, 32); another size is resized. Raises ValueError where a prompt cannot be read (parse_scene).
+    images: (B, 3, 32, 32); another size is resized. Raises ValueError where a prompt cannot be read
+    (parse_scene).
     """
     scenes = [parse_scene(prompt) for prompt in prompts]
     if images.shape[-2:] != (32, 32):
