@@ -53,9 +53,9 @@ class Args(common.Args):
 # guidance, as in [FG]'s fast runs, and only early steps are trained.
 DEFAULTS = {
     "tiny": dict(
-        iterations=160, prompts_per_iteration=8, group_size=12, micro_batch=48, resolution=32,
-        learning_rate=7e-4, clip_range=1e-3, ema_decay=0.97, ema_every=1, lora_rank=16, lora_alpha=32.0,
-        eval_every=10, eval_steps=10, eval_seeds=4,
+        iterations=150, prompts_per_iteration=8, group_size=12, micro_batch=48, resolution=32,
+        sde="dance", noise_level=3.0, learning_rate=7e-4, clip_range=1e-3, ema_decay=0.97, ema_every=1,
+        lora_rank=16, lora_alpha=32.0, eval_every=10, eval_steps=10, eval_seeds=4,
     ),
     "sd3": dict(),
     "flux": dict(

@@ -34,15 +34,15 @@ QUIET = 12  # a seed that nothing was tuned on; its runs are timed, with the mac
 # What tuning on seeds 10 and 11 found. Set it before the other runs are made.
 TUNED = {
     # the scripts' defaults for the tiny model: noise, learning rate, iterations
-    "grpo": ("precise 1.5", "0.0007", 160),
-    "gcpo": ("precise 1.5", "0.0007", 180),
-    "tempflow_grpo": ("precise 1.5", "0.001", 220),
+    "grpo": ("dance 3", "0.0007", 150),
+    "gcpo": ("flow 0.7", "0.0007", 180),
+    "tempflow_grpo": ("flow 0.7", "0.001", 220),
     # the noise level of each sampler, found with grpo.py on early steps, and the best of the four
     "flow": "flow 1.5",
     "precise": "precise 1.5",
     "dance": "dance 3",
     "cps": "cps 0.65",
-    "best": "precise 1.5",
+    "best": "dance 3",
 }
 RATE = dict(grpo="0.0007", gcpo="0.0007", mixgrpo="0.0007", tempflow_grpo="0.001")  # of a name without one
 HOLE = "--reward tests/tiny/hole.py:colours_and_shapes --eval-reward shapes --kl-coef"
