@@ -773,9 +773,11 @@ class Run:
         self.reward, self.eval_reward, self.prompts = reward, eval_reward, read_prompts(args.prompts)
         self.iteration, self.images, self.best, self.lines = None, 0, None, []
         self.texts, self.measured, self.current = {}, {}, ("", 0.0)
+        names = "reward eval_prompts eval_steps eval_seeds guidance resolution"
+        self.measure = [getattr(args, name) for name in names.split()]  # what eval_reward means
         self.header = "iteration    reward evaluated   clipped  gradient\n"
         policy.print_cut_prompts(self.prompts)
-        if args.resume and (self.folder / "checkpoint.pt").exists():
+        if args.resume:
             self.load()
         self.eval_prompts = read_prompts(args.eval_prompts)[:64]
         (self.eval_text,) = policy.encode(self.eval_prompts)
@@ -874,7 +876,7 @@ class Run:
             with self.policy.averaged():
                 self.policy.save_lora(self.folder / "lora")
                 if self.best is None or metrics["eval_reward"] > self.best[0]:
-                    self.best = [metrics["eval_reward"], iteration]
+                    self.best = [metrics["eval_reward"], iteration, self.measure]
                     self.policy.save_lora(self.folder / "lora_best")
         if iteration % self.args.save_every == 0 or iteration == self.args.iterations:
             state = {"iteration": iteration, "images": self.images, "velocity_evals": evals}
@@ -887,14 +889,23 @@ class Run:
         """Put back what save kept. Settings that are overridden beside --resume stay as given."""
         from peft import set_peft_model_state_dict
 
-        policy, path = self.policy, self.folder / "checkpoint.pt"
+        policy, path, file = self.policy, self.folder / "checkpoint.pt", self.folder / "metrics.jsonl"
+        lines = file.read_text("utf-8", errors="replace").splitlines() if file.exists() else []
+        if not path.exists() and len(lines) < 2:  # it ended before its first checkpoint
+            return
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file raises errors of many kinds
-            require(False, f"{path} cannot be read: {one_line(error)}; start a new run")
-        self.iteration, self.images, self.best = state["iteration"], state["images"], state["best"]
+            self.iteration, self.images, self.best = state["iteration"], state["images"], state["best"]
+            self.lines = [json.loads(line) for line in lines[: self.iteration + 1]]
+            complete = len(self.lines) == self.iteration + 1
+        except Exception as error:  # damaged files raise errors of many kinds
+            require(False, f"{path} or metrics.jsonl cannot be read: {one_line(error)}; start a new run")
+        require(complete, f"{file} has fewer lines than {self.iteration + 1}; start a new run")
         done, asked = self.iteration, self.args.iterations
         require(asked >= done, f"{done} iterations are done, so --iterations {asked} cannot be")
+        if self.best and self.best[2] != self.measure:
+            self.best = None
+            print("evaluations differ from those before: the best adapter is chosen anew")
         policy.velocity_evals = state["velocity_evals"] if PartialState().is_main_process else 0
         set_peft_model_state_dict(policy.transformer, state["lora"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -905,8 +916,6 @@ class Run:
             policy.ema.to(policy.device)
         elif policy.ema:  # a new average, of the weights as they are now
             policy.ema.shadow_params = [parameter.detach().clone() for parameter in policy.parameters]
-        lines = (self.folder / "metrics.jsonl").read_text("utf-8", errors="replace").splitlines()
-        self.lines = [json.loads(line) for line in lines[: self.iteration + 1]]
 
     def log(self, iteration, metrics):
         """Show a saved iteration: in the terminal, at evaluations in samples/progress.png, on wandb."""
@@ -931,7 +940,7 @@ class Run:
         scores = [line["eval_reward"] for line in self.lines if "eval_reward" in line]
         minutes = sum(line[name] for line in self.lines for name in line if name.endswith("_s")) / 60
         if self.best:
-            best, at = self.best
+            best, at, _ = self.best
             print(f"eval_reward {scores[0]:.3f} -> {scores[-1]:.3f}, best {best:.3f} at {at};", end=" ")
             print(f"{minutes:.1f} minutes, {self.lines[-1]['velocity_evals']:,} velocity evaluations")
             print(*(self.folder / name for name in ("samples/compare.png", "lora", "lora_best")), sep="  ")
@@ -997,11 +1006,12 @@ def parse_args(script, args_class, defaults, argv=None):
     for name in ("model", "prompts", "resume", "sde", "device"):
         first.add_argument(f"--{name}")
     given, _ = first.parse_known_args(argv)
-    stored = resumed_settings(script, args_class, given.resume) if given.resume else {}
+    stored = {} if given.resume is None else resumed_settings(script, args_class, given.resume)
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.startswith("cuda")
     default = "stabilityai/stable-diffusion-3.5-medium" if given.prompts and cuda else "tiny"
-    model = absolute(given.model or stored.get("model", default))
+    model = given.model or stored.get("model", default)
+    model = model if model == "tiny" else absolute(model)
     require(model != "tiny" or TINY.is_dir(), f"the tiny model is not there: copy {TINY}, or give --model")
     family = "tiny" if model == "tiny" else FAMILIES[model_index(model)["_class_name"]].name
     settings = {"dtype": "float32", "reward": "shapes"}
@@ -1021,16 +1031,21 @@ def parse_args(script, args_class, defaults, argv=None):
         same = getattr(args, name) == stored[name]
         require(same, f"--resume cannot change --{name.replace('_', '-')}; start a new run")
     require(args.prompts or family == "tiny", "a model other than tiny needs --prompts FILE")
-    args.eval_prompts = args.eval_prompts or args.prompts or "tiny/eval_prompts.txt"
-    args.prompts = args.prompts or "tiny/prompts.txt"
-    for name in ("prompts", "eval_prompts", "reward", "eval_reward"):
-        setattr(args, name, absolute(getattr(args, name)))
+    args.prompts, args.eval_prompts = absolute(args.prompts), absolute(args.eval_prompts)
+    args.eval_prompts = args.eval_prompts or args.prompts or "tiny:eval_prompts.txt"
+    args.prompts = args.prompts or "tiny:prompts.txt"
+    args.reward, args.eval_reward = absolute_files(args.reward), absolute_files(args.eval_reward)
     check_numbers(args)
     read_prompts(args.prompts), read_prompts(args.eval_prompts)
     now = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     folder = Path(args.output or f"runs/{script}-{Path(model).name}-{args.seed}-{now}").expanduser()
-    new = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-    require(stored or new, f"--output {folder} already exists; give a new folder, or --resume {folder}")
+    try:
+        new = not folder.exists() or not any(folder.iterdir())
+        parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        fits = (stored or new) and parent.is_dir() and os.access(parent, os.W_OK)
+    except OSError:  # it is a file, or has too long a name
+        fits = False
+    require(fits, f"--output {folder} already exists or cannot be written; give another, or --resume it")
     args.output = str(folder)
     try:
         torch.zeros(1, device=args.device).item()
@@ -1050,14 +1065,15 @@ def require(condition, message):
         raise SystemExit(f"error: {message}")
 
 
-def absolute(spec):
-    """A path or reward spec with absolute paths of the user's files, so that resume works from anywhere."""
+def absolute(path):
+    """The absolute path of a file or folder that exists, so that resume works from anywhere."""
+    full = path and Path(path).expanduser()
+    return str(full.absolute()) if full and full.exists() else path
 
-    def replace(match):
-        path = Path(match[0]).expanduser()
-        return str(path.absolute()) if re.search(r"[/.~]", match[0]) and path.exists() else match[0]
 
-    return spec and re.sub(r"[^,:=]+", replace, spec)
+def absolute_files(spec):
+    """A reward spec with absolute paths of its files and folders."""
+    return spec and re.sub(r"[^,:=]*[/.~][^,:=]*", lambda match: absolute(match[0]), spec)
 
 
 def resumed_settings(script, args_class, folder):
@@ -1081,9 +1097,10 @@ def check_numbers(args):
     for name, value in asdict(args).items():
         if isinstance(value, int | float) and not isinstance(value, bool):
             lowest = 0 if name in ("seed", "kl_coef", "ema_decay", "guidance", "micro_batch") else 1e-30
+            lowest = 1e-3 if name == "noise_level" else lowest  # a random step without noise has no log-prob
             highest = 1 if name in shares else 2**31
             fits = lowest <= value <= highest  # false for nan
-            limits = f"{'at least' if lowest == 0 else 'over'} 0 and at most {highest}"
+            limits = f"{'over 0' if lowest == 1e-30 else f'at least {lowest}'} and at most {highest}"
             require(fits, f"--{name.replace('_', '-')} {value} must be {limits}")
     require(args.steps > 1, "--steps must be at least 2, as the last step is never random")
 
@@ -1105,14 +1122,14 @@ def start_wandb(args):
 def read_prompts(path):
     """Prompts of a UTF-8 file: one per line, or the field `prompt` of each line of a .jsonl.
 
-    Blank lines and lines that start with # are skipped. tiny/...: a file of the tiny model. Read once: a pipe
+    Blank lines and lines that start with # are skipped. tiny:...: a file of the tiny model. Read once: a pipe
     works.
     """
-    path = TINY / path[5:] if path.startswith("tiny/") else Path(path)
+    path = TINY / path[5:] if path.startswith("tiny:") else Path(path)
     try:
         lines = [line.strip() for line in path.read_text("utf-8-sig").split("\n")]
         prompts = [line for line in lines if line and not line.startswith("#")]
-        if path.suffix == ".jsonl":
+        if path.suffix.lower() == ".jsonl":
             prompts = [json.loads(line)["prompt"].strip() for line in prompts]
         valid = prompts and all(prompts) and "\0" not in "".join(prompts)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -1148,7 +1165,7 @@ def out_of_memory(error):
 def load_rewards(args, get_reward):
     """args.reward and args.eval_reward (or None), loaded, after checking that both can read every prompt."""
     specs = args.reward, args.eval_reward
-    rewards = [get_reward(spec, args.device, args.reward_offload) if spec else None for spec in specs]
+    rewards = [get_reward(x, args.device, args.reward_offload) if x is not None else None for x in specs]
     for reward in filter(None, rewards):
         reward.load([*read_prompts(args.prompts), *read_prompts(args.eval_prompts)])
     return rewards
@@ -1161,7 +1178,7 @@ def split_batch(args, each, group):
     divides = P * each % U == 0 and (processes == 1 or P % (processes * U) == 0)
     numbers = f"{P} prompts x {each} = {P * each} trajectories into {U} updates on {processes} processes"
     hint = "change --prompts-per-iteration or --updates-per-iteration"
-    require(divides, f"cannot divide {numbers}; {hint}")
+    require(divides, f"cannot divide {numbers} (of equally many prompts); {hint}")
     if group < 6:
         print(f"warning: in groups of {group} the advantage is noisy; use 8 or more if you can")
     return P * each // processes
@@ -1179,15 +1196,18 @@ def print_plan(args, sigmas, s, sde_steps, each, weight=None):
 
 def run_script(script, main, args_class, defaults):
     """Run a script's main. Ctrl-C and running out of memory end in one line, a bug in a traceback."""
-    args = parse_args(script, args_class, defaults)
+    args = None
     try:
+        args = parse_args(script, args_class, defaults)
         main(args)
-    except KeyboardInterrupt:
-        raise SystemExit(f"stopped; resume with: python {script}.py --resume {args.output}")
-    except (RuntimeError, MemoryError) as error:
+    except (KeyboardInterrupt, RuntimeError, MemoryError) as error:
+        saved = args and Path(args.output, "checkpoint.pt").exists()
+        hint = f"; resume with: python {script}.py --resume {args.output}" if saved else ""
+        if isinstance(error, KeyboardInterrupt):
+            raise SystemExit(f"stopped{hint}")
         if out_of_memory(error):
-            hint = "a smaller --micro-batch, --gradient-checkpointing or --reward-offload"
-            raise SystemExit(f"error: out of memory; resume with --resume {args.output} and {hint}")
+            advice = "use a smaller --micro-batch, --gradient-checkpointing or --reward-offload"
+            raise SystemExit(f"error: out of memory; {advice}{hint}")
         raise
     finally:
         if PartialState().num_processes > 1:

@@ -633,7 +633,8 @@ def get_reward(spec, device=None, offload=False):
     parts = {}
     for text in spec.split(","):
         match = re.fullmatch(r"([^=]+)(?:=([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?))?", text.strip())
-        if not match or match[1] in parts:
-            raise SystemExit(f"error: {text!r} repeats a name, or its weight is no number; {GRAMMAR}")
-        parts[match[1]] = *find_function(match[1], device), float(match[2] or 1)
+        weight = float(match[2] or 1) if match else 0.0
+        if match is None or match[1] in parts or not 0 < abs(weight) < 1e9:
+            raise SystemExit(f"error: {text!r} repeats a name, or its weight is 0 or no number; {GRAMMAR}")
+        parts[match[1]] = *find_function(match[1], device), weight
     return Reward(parts, device, offload)

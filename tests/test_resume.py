@@ -118,7 +118,7 @@ BAD = {
 @pytest.mark.parametrize("kind", BAD)
 def test_a_reward_that_fails_at_iteration_3(kind, whole, monkeypatch, tmp_path):
     calls, (bad, words), seen = [], BAD[kind], []
-    prompts = common.iteration_prompts(common.read_prompts("tiny/prompts.txt"), 2, 3, 0)
+    prompts = common.iteration_prompts(common.read_prompts("tiny:prompts.txt"), 2, 3, 0)
 
     def reward(images, captions):
         calls.append(1)
@@ -186,10 +186,33 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path):
     for damaged in (b"", content[: len(content) // 2], b"text", evil.read_bytes()):
         (run / "checkpoint.pt").write_bytes(damaged)
         before = (run / "metrics.jsonl").read_bytes()
-        assert "checkpoint.pt cannot be read" in run_main("grpo", "--resume", run, "--iterations", 2)
+        assert "cannot be read" in run_main("grpo", "--resume", run, "--iterations", 2)
         assert (run / "checkpoint.pt").read_bytes() == damaged and (
             run / "metrics.jsonl"
         ).read_bytes() == before
+
+
+def test_what_is_missing_or_damaged_is_not_replaced_by_a_new_run(finished, tmp_path):
+    def damage(name):
+        shutil.copytree(finished, tmp_path / name)
+        return tmp_path / name
+
+    (damage("gone") / "checkpoint.pt").unlink()
+    (damage("half") / "metrics.jsonl").write_text((finished / "metrics.jsonl").read_text()[:300])
+    (damage("empty") / "metrics.jsonl").write_text("")
+    torch.save({"a": 1}, damage("foreign") / "checkpoint.pt")
+    for name in ("gone", "half", "empty", "foreign"):
+        before = (tmp_path / name / "metrics.jsonl").read_bytes()
+        message = run_main("grpo", "--resume", tmp_path / name, "--iterations", 3)
+        assert message.startswith("error: ") and "start a new run" in message
+        assert (tmp_path / name / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_best_is_chosen_anew_if_evaluations_differ(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    more = ["--iterations", 3, "--reward", "jpeg_compressibility"]
+    assert run_main("grpo", "--resume", tmp_path / "run", *more) is None
+    assert dict(state(tmp_path / "run"))[".best.1"] == 3
 
 
 # ---------------------------------------------------------------- overriding settings
@@ -234,8 +257,8 @@ def test_options_beside_resume_override_and_paths_are_absolute(finished, tmp_pat
     seen = []
     original = common.Run.__init__
 
-    def keep(self, args, policy, optimizer, *more):
-        original(self, args, policy, optimizer, *more)
+    def keep(self, args, policy, optimizer, *more, **counts):
+        original(self, args, policy, optimizer, *more, **counts)
         seen.append((policy, optimizer))
 
     monkeypatch.setattr(common.Run, "__init__", keep)

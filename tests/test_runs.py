@@ -160,7 +160,7 @@ def test_lora_in_a_plain_diffusers_script_gives_the_pictures_of_the_evaluation(r
     options = ["--eval-prompts", common.TINY / "eval_prompts.txt", "--ema-decay", ema]
     seen = record(gcpo, "--iterations", "2", "--learning-rate", "1e-2", *options, double=False)
     pipe = StableDiffusion3Pipeline.from_pretrained(common.TINY, text_encoder_3=None, tokenizer_3=None)
-    prompts = common.read_prompts("tiny/eval_prompts.txt")
+    prompts = common.read_prompts("tiny:eval_prompts.txt")
     noise = torch.randn(len(prompts), 8, 8, 8, generator=common.generator(0, "evaluation", 0))
     options = dict(
         num_inference_steps=2, guidance_scale=1.0, max_sequence_length=0, latents=noise, output_type="pt"
@@ -179,7 +179,7 @@ def test_the_tiny_model_is_competent_and_has_room():
     from shapes import shapes
 
     pipe = StableDiffusion3Pipeline.from_pretrained(common.TINY, text_encoder_3=None, tokenizer_3=None)
-    train, held_out = (common.read_prompts(f"tiny/{name}") for name in ("prompts.txt", "eval_prompts.txt"))
+    train, held_out = (common.read_prompts(f"tiny:{name}") for name in ("prompts.txt", "eval_prompts.txt"))
     generator = torch.Generator().manual_seed(5)
     options = dict(num_inference_steps=10, guidance_scale=1.0, max_sequence_length=0, generator=generator)
     images = pipe(train + held_out, output_type="pt", **options).images
@@ -191,7 +191,7 @@ def test_held_out_prompts_share_no_scene_with_training():
 
     scenes = []
     for name in ("prompts.txt", "eval_prompts.txt"):
-        prompts = common.read_prompts(f"tiny/{name}")
+        prompts = common.read_prompts(f"tiny:{name}")
         assert len(set(prompts)) == len(prompts)
         scenes.append({tuple(sorted(parse_scene(prompt)[0])) for prompt in prompts})
     assert not scenes[0] & scenes[1]
