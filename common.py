@@ -1,9 +1,9 @@
-"""What the three scripts share, in this order: sampler, model families, policy, processes, run, command line.
+"""The three scripts share this file: sampler, model families, policy, processes, run, command line.
 
-To read the algorithms you need the sampler and the policy. The scripts import this file; it imports none of
-them, and importing it does no work. Notation as in the papers: sigma in [0, 1] is the noise level (1 noise, 0
-image), x_sigma = (1 - sigma) image + sigma noise, velocity = noise - image, s a noise scale, Delta = sigma -
-sigma_next. [FG] is Flow-GRPO (arXiv 2505.05470), [DG] DanceGRPO (2505.07818), [CPS] Flow-CPS (2509.05952),
+To read the algorithms you need the sampler and the policy. This file imports none of the scripts, and
+importing it does no work. As in the papers, sigma is the noise level, from 1 (noise) to 0 (image); velocity =
+noise - image; x_sigma = (1 - sigma) image + sigma noise; Delta = sigma - sigma_next; and s is a noise scale.
+[FG] is Flow-GRPO (arXiv 2505.05470), [DG] DanceGRPO (2505.07818), [CPS] Flow-CPS (2509.05952),
 [PR] Precise (2605.23522), [GC] GCPO (2510.21583), [TF] TempFlow-GRPO (2508.04324).
 """
 
@@ -45,7 +45,7 @@ def noise_scale(sigmas, sde, noise_level):
         "dance"    s = eta [DG]
         "cps"      std = sigma_next sin(eta pi / 2) [CPS]
         "precise"  std = sigma_next sqrt(1 - r^(eta^2)) [PR], where r = sigma_next (1 - sigma) / (sigma (1 -
-                   sigma_next)), and 0 in the first step, which renews all noise
+                   sigma_next)); r = 0 in the first step, which replaces all noise
     Returns (T - 1,): the last step is always an ODE step.
     """
     sigma, sigma_next = sigmas[:-2], sigmas[1:-1]
@@ -71,8 +71,8 @@ def sde_drift_std(sigma, sigma_next, s, sde="flow"):
     """How much predicted noise a step removes beyond the ODE step, and the std of the noise that it adds.
 
     sigma, sigma_next, s: tensors that broadcast. "flow" and "dance" keep the marginals of the ODE if steps
-    are small [FG]. "cps" and "precise" leave noise of exactly sigma_next after steps of any size, as far as
-    the predicted image is right [CPS], [PR].
+    are small [FG]. With "cps" and "precise" the noise level after a step of any size is exactly sigma_next,
+    if the predicted image is right [CPS], [PR].
     """
     delta = sigma - sigma_next
     std = s * delta.sqrt()
@@ -86,8 +86,8 @@ def sde_mean_std(x, velocity, sigma, sigma_next, s, sde="flow"):
 
     x, velocity: (B, ...) latents and velocity at sigma; sigma, sigma_next, s: numbers or (B,) tensors.
     Returns the mean, shaped like x, and the std as (B or 1, 1, ...), in float32 or wider. With s = 0 the mean
-    is the Euler step of the ODE, exactly. To add a sampler, add its drift and std: x + velocity (1 - sigma)
-    is the predicted noise.
+    is exactly the Euler step of the ODE. A new sampler only needs its own drift and std. The predicted
+    noise is x + velocity (1 - sigma).
     """
     x, velocity = wide(x), wide(velocity)
     levels = [torch.as_tensor(level, dtype=x.dtype, device=x.device) for level in (sigma, sigma_next, s)]
@@ -100,10 +100,10 @@ def sde_mean_std(x, velocity, sigma, sigma_next, s, sde="flow"):
 def log_prob(x, mean, std, batch_dims=1):
     """Log-density of x under a Gaussian, AVERAGED over the dimensions: (B, ...) -> (B,), float32 or wider.
 
-    mean and std (a tensor, over 0) broadcast against x, whose first batch_dims dimensions are kept. The true
-    log-probability is the sum. Every published implementation averages, which divides the log-ratio by the
-    number of dimensions (65,536 at 512 px): that is why clip ranges are 1e-5 to 1e-3. Ratios still depend on
-    the resolution: for the same change per element the std of the log-ratio falls as 1 / sqrt(dimensions).
+    mean and std (a tensor, over 0) broadcast against x; the first batch_dims dimensions of x are kept. The
+    true log-probability is the sum. Every published implementation averages, which divides the log-ratio by
+    the number of dimensions (65,536 at 512 px). That is why clip ranges are 1e-5 to 1e-3. The ratio still
+    depends on the resolution: for equal changes per element its std falls as 1 / sqrt(dimensions).
     """
     logp = -((wide(x) - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
     return logp.flatten(batch_dims).mean(-1)
@@ -114,7 +114,7 @@ def ode_sample(policy, x, text, prompt_index, sigmas, tuned_share=1.0):
     """Euler sampling from x (B, ...) at sigmas[0], as at inference; other arguments as in velocity.
 
     sigmas: (T + 1,) or a consecutive part of them. tuned_share < 1 is hybrid inference [GC]: the adapter is
-    on for that first share of the steps only. It is on when this returns.
+    on only in the first tuned_share of the steps. It is always on afterwards.
     """
     for step in range(len(sigmas) - 1):
         if step == math.ceil(tuned_share * (len(sigmas) - 1) - 1e-9):
@@ -128,19 +128,19 @@ def ode_sample(policy, x, text, prompt_index, sigmas, tuned_share=1.0):
 def group_advantage(rewards, std=None, clip=5.0):
     """A = (r - mean of the group) / (std + 1e-4), clipped to +-clip; exactly 0 in a group of equal rewards.
 
-    rewards: (..., G), a group in the last dimension. std: None for that of each group [DG], or a number, that
-    of the whole batch [FG]; population stds, divided by the count. Returns advantages shaped like rewards,
-    and the share of groups of equal rewards, which teach nothing.
+    rewards: (..., G), a group in the last dimension. std: None to use the std of each group [DG], or the std
+    of the whole batch [FG], as a number; both with correction=0. Returns advantages shaped like rewards, and
+    the share of groups with equal rewards, from which nothing is learned.
     """
     r = rewards.double()
-    equal = r.amax(-1, keepdim=True) == r.amin(-1, keepdim=True)  # their mean, rounded, may be another number
+    equal = r.amax(-1, keepdim=True) == r.amin(-1, keepdim=True)  # their mean may differ by rounding
     scale = r.std(-1, keepdim=True, correction=0) if std is None else std
     advantage = ((r - r.mean(-1, keepdim=True)) / (scale + 1e-4)).clamp(-clip, clip)
     return advantage.masked_fill(equal, 0.0).to(rewards.dtype), equal.double().mean().item()
 
 
 def generator(seed, purpose, number):
-    """A random generator that depends on these three only, so that a resumed run draws the same."""
+    """A random generator that depends only on these three: a resumed run draws the same numbers."""
     digest = hashlib.sha256(f"{seed} {purpose} {number}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
@@ -173,10 +173,10 @@ class Stats:
         """Metrics of an iteration, over all processes.
 
         Needs first_log_ratio and first_step of the first update, and loss, log_ratio, advantage, grad_norm of
-        all. steps: K. transitions: how many losses there are, with those that were left out: they count 0 in
-        the averages. ratio_* are over the others, None if there are none. clip_low, clip_high: share of
-        ratios under 1 - clip_range with a negative advantage, over 1 + clip_range with a positive one, whose
-        gradient the clip sets to 0. approx_kl: E[ratio - 1 - log ratio].
+        all. steps: K. transitions: the number of losses, including skipped ones, which count as 0 in the
+        averages. ratio_* exclude skipped ones, and are None if all are skipped. clip_low, clip_high: share of
+        ratios whose gradient is clipped to 0: under 1 - clip_range with a negative advantage, over 1 +
+        clip_range with a positive one. approx_kl: E[ratio - 1 - log ratio].
         """
         names = "log_ratio advantage first_log_ratio first_step loss"
         value = {name: [torch.zeros(0)] for name in names.split()}
@@ -205,17 +205,17 @@ class Stats:
 
 
 class SD3:
-    """Stable Diffusion 3 and 3.5, and what every other family must provide.
+    """Stable Diffusion 3 and 3.5, and the interface of every other family.
 
-    To add a family, write a class with the same names and register it in FAMILIES. What the pipeline can do,
-    the pipeline does, so that plain inference gives the same pictures.
+    To add a family, write a class with the same names and register it in FAMILIES. Call the pipeline's own
+    methods where possible, so that plain inference gives the same pictures.
     """
 
-    name = "sd3"  # of its settings in DEFAULTS
+    name = "sd3"  # key in DEFAULTS
     # [FG]: the joint attention. The bare name "to_q" would also match SD3.5's second attention, attn2
     targets = r".*\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
     max_sequence_length = 256  # T5 tokens, as in the pipeline; [FG] uses 128
-    two_pass_guidance = True  # False: the transformer takes guidance as an input, or has none
+    two_pass_guidance = True  # False: guidance is an input of the transformer, or absent
     max_shift = 1.16  # the pipeline's default
     even_sigmas = False  # whether the pipeline shifts evenly spaced noise levels
 
@@ -224,7 +224,7 @@ class SD3:
 
     @staticmethod
     def latent_shape(vae, transformer, resolution):
-        """(C, H, W) from the configs of VAE and transformer. SystemExit: the resolution does not fit."""
+        """(C, H, W) from the configs of VAE and transformer. SystemExit if the resolution does not fit."""
         scale = 2 ** (len(vae["block_out_channels"]) - 1)  # pixels per latent; 2 x 2 latents are one token
         most = transformer.get("pos_embed_max_size", math.inf) * 2 * scale
         fits = resolution % (2 * scale) == 0 and resolution <= most
@@ -343,7 +343,7 @@ def one_line(error):
 
 
 def model_index(model):
-    """The model_index.json of a folder or repository. SystemExit: there is none, or it is not supported."""
+    """The model_index.json of a folder or repository. SystemExit if it is missing or not supported."""
     from huggingface_hub import hf_hub_download
 
     try:
@@ -361,10 +361,10 @@ def model_index(model):
 
 
 def load_pipeline(model, dtype, resolution):
-    """The pipeline of a folder or repository; dtype: its name. SystemExit: it cannot be loaded."""
+    """The pipeline of a folder or repository; dtype: a name. SystemExit if it cannot be loaded."""
     import transformers
 
-    transformers.logging.set_verbosity_error()  # it would report packages that are not needed here
+    transformers.logging.set_verbosity_error()  # it warns of packages that are not needed
     transformers.logging.disable_progress_bar()
     import diffusers
 
@@ -387,11 +387,11 @@ def load_pipeline(model, dtype, resolution):
 
 
 class Policy:
-    """The model that is trained: a diffusers pipeline whose transformer has a LoRA adapter.
+    """The trained model: a diffusers pipeline whose transformer has a LoRA adapter.
 
     Only the adapter is trained, in float32; everything else is frozen, in its own dtype. `velocity` is the
     only path to the network: rollout, training, reference and evaluation all use it. ema_every: optimizer
-    steps per step of the moving average. max_sequence_length: T5 tokens, if other than the family's.
+    steps per step of the moving average. max_sequence_length: T5 tokens, if different from the family's.
     """
 
     def __init__(
@@ -409,10 +409,10 @@ class Policy:
         self.shape = self.family.latent_shape(pipe.vae.config, pipe.transformer.config, resolution)
         self.resolution, self.guidance, self.micro_batch = resolution, guidance, micro_batch
         self.velocity_evals, self.compiled = 0, False
-        self.dtype = self.transformer.dtype  # once: diffusers walks all modules for it, 8.5 ms for SD3.5
-        if self.dtype != torch.float32:  # TF32 for the adapter, which would take as long as all the rest
+        self.dtype = self.transformer.dtype  # diffusers walks all modules for this: 8.5 ms for SD3.5
+        if self.dtype != torch.float32:  # TF32 for the float32 adapter, otherwise as slow as all the rest
             torch.set_float32_matmul_precision("high")
-        # cuDNN's attention is off: with it the backward of FLUX.1 accessed illegal memory (H200, torch 2.11)
+        # cuDNN's attention is off: FLUX.1's backward pass accessed illegal memory with it (H200, torch 2.11)
         torch.backends.cuda.enable_cudnn_sdp(False)
         self.encoders = [part for name, part in pipe.components.items() if part and "text_encoder" in name]
         for part in (pipe.vae, pipe.transformer, *self.encoders):
@@ -424,12 +424,12 @@ class Policy:
         self.transformer.add_adapter(config)
         cast_training_params(self.transformer, torch.float32)
         self.parameters = [p for p in self.transformer.parameters() if p.requires_grad]
-        for parameter in self.parameters:  # stays zero in an update that leaves everything out
+        for parameter in self.parameters:  # stays zero if an update skips everything
             parameter.grad = torch.zeros_like(parameter)
         self.ema, self.ema_every = EMAModel(self.parameters, ema_decay) if ema_decay else None, ema_every
         # The loss is averaged over the latent's elements and the update's transitions (1,024, say), so its
-        # gradients are tiny: 0 inside a float16 network. There they are multiplied by a power of two, which
-        # changes no digit.
+        # gradients are tiny: they would be 0 in a float16 network. So the loss is multiplied by a power of
+        # two, which changes no digit.
         self.loss_scale = 1024 * 2.0 ** round(math.log2(math.prod(self.shape)))
         if gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
@@ -462,8 +462,8 @@ class Policy:
     def fit_micro_batch(self, text, held, most):
         """Set micro_batch to what fits on the GPU beside `held` bytes that are not allocated yet.
 
-        It lies on the line through the peak memory with 1 and with 2 latents, of training and of decoding,
-        with 5% left free, and is tried. At most `most`, the latents of an update, in calls of equal size.
+        The size is extrapolated from the peak memory of 1 and 2 latents, in training and decoding, with 5%
+        left free, and tested. It is at most `most`, the latents of an update, split into equal calls.
         """
 
         def peaks(rows):
@@ -496,8 +496,8 @@ class Policy:
     def encode(self, *batches):
         """Text embeddings of lists of prompts: for each list of n, tensors (n + 1, ...) on the CPU.
 
-        The last row is guidance's empty prompt. The encoders visit the GPU only for this call. Each list is
-        encoded in groups of eight of its own, so its result does not depend on the other lists.
+        The last row is the empty prompt, for guidance. The encoders are on the GPU only during this call.
+        Each list is encoded in its own groups of eight, so the result does not depend on the other lists.
         """
         texts, encoders = [], torch.nn.ModuleList(self.encoders).to(self.device)
         for prompts in batches:
@@ -526,10 +526,10 @@ class Policy:
         """Velocity at x, with classifier-free guidance if it is on: (B, ...) -> (B, ...) float32.
 
         x: latents; sigma: a number or (B,); text: one of encode's, on the device; prompt_index: (B,) rows of
-        text. The batch is filled up to micro_batch rows with copies of its last row, which are dropped again:
-        matrix products round differently for different shapes, and with one shape for all calls the log-probs
-        of rollout and training agree to the last bit. Counts velocity evaluations: one per latent, three if a
-        backward follows; twice as many if guidance takes two passes.
+        text. The batch is filled up to micro_batch rows with copies of the last row, which are dropped again:
+        matrix products round differently for different shapes. With one shape for all calls, the log-probs of
+        rollout and training agree to the last bit. Counts velocity evaluations: one per latent, three if a
+        backward pass follows; twice as many if guidance takes two passes.
         """
         count = len(x)
         rows = max(count, self.micro_batch) if fill or self.compiled else count
@@ -542,7 +542,7 @@ class Policy:
             x, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
         grad = torch.is_grad_enabled()
         with torch.set_grad_enabled(grad or self.compiled):  # a graph without gradients rounds differently
-            velocity = self.family.predict(x, sigma, [rows[prompt_index] for rows in text], self.guidance)
+            velocity = self.family.predict(x, sigma, [part[prompt_index] for part in text], self.guidance)
         velocity = velocity if grad else velocity.detach()
         if two_pass:
             without, with_text = velocity.chunk(2)
@@ -551,7 +551,7 @@ class Policy:
         return wide(velocity[:count])
 
     def velocity_in_micro_batches(self, x, sigma, text, prompt_index, exact=math.inf):
-        """Like velocity, for any number of latents. exact: how many, from the first, get training's shape."""
+        """Like velocity, for any number of latents. exact: the first `exact` get the shape of training."""
         M, starts = self.micro_batch, range(0, len(x), self.micro_batch)
         parts = [(x[n : n + M], sigma, text, prompt_index[n : n + M], n < exact) for n in starts]
         return torch.cat([self.velocity(*part) for part in parts])
@@ -580,7 +580,7 @@ class Policy:
 
     @contextmanager
     def reference(self):
-        """Inside, the adapter is off and no gradients are kept: the base model that the KL refers to."""
+        """Inside, the adapter is off and no gradients are kept: this is the base model of the KL."""
         self.transformer.disable_adapters()
         with torch.no_grad():
             yield
@@ -597,22 +597,21 @@ class Policy:
             summed = reduce(torch.nn.utils.parameters_to_vector(gradients), "sum")
             torch.nn.utils.vector_to_parameters(summed, gradients)
         torch._foreach_div_(gradients, self.loss_scale * processes)
-        try:
-            return torch.nn.utils.clip_grad_norm_(self.parameters, max_norm, error_if_nonfinite=True)
-        except RuntimeError:
-            hint = "resume from the last checkpoint with a lower --learning-rate or another --dtype"
-            require(False, f"the gradient is not finite; {hint}")
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, max_norm)
+        hint = "resume from the last checkpoint with a lower --learning-rate or another --dtype"
+        require(norm.isfinite(), f"the gradient is not finite; {hint}")
+        return norm
 
     def update_average(self):
-        """After an optimizer step: the moving average of the weights, if there is one."""
+        """Update the moving average of the weights, if there is one. Call after each optimizer step."""
         if self.ema and (self.ema.optimization_step + 1) % self.ema_every:
-            self.ema.optimization_step += 1  # only counted: its decay warms up by optimizer steps, as in [FG]
+            self.ema.optimization_step += 1  # counts only: the warm-up goes by optimizer steps, as in [FG]
         elif self.ema:
             self.ema.step(self.parameters)
 
     @contextmanager
     def averaged(self):
-        """Inside, the weights are their moving average, if there is one: for evaluation and for saving."""
+        """Inside, the weights are replaced by their moving average, if there is one."""
         if self.ema:
             self.ema.store(self.parameters)
             self.ema.copy_to(self.parameters)
@@ -628,9 +627,9 @@ class Policy:
         return {name: weight.detach().cpu() for name, weight in state.items()}
 
     def save_lora(self, folder):
-        """Save the adapter as diffusers does, at strength 1 in programs that ignore its metadata too.
+        """Save the adapter as diffusers does, in a form that also works if its metadata are ignored.
 
-        So alpha / rank is multiplied into B, and the metadata has alpha = rank.
+        For this, B is multiplied by alpha / rank, and alpha = rank is written to the metadata.
         """
         from safetensors.torch import save
 
@@ -643,15 +642,15 @@ class Policy:
 
 
 def make_policy(args, trajectories):
-    """The Policy of a script's settings. trajectories: how many latents are sampled together at most."""
+    """The Policy for a script's settings. trajectories: most latents that are sampled together."""
     names = "guidance lora_rank lora_alpha ema_decay ema_every device seed gradient_checkpointing"
-    source = str(TINY) if args.model == "tiny" else args.model
+    pipe = load_pipeline(str(TINY) if args.model == "tiny" else args.model, args.dtype, args.resolution)
     return Policy(
-        load_pipeline(source, args.dtype, args.resolution),
+        pipe,
         args.resolution,
         **{name: getattr(args, name) for name in names.split()},
         micro_batch=min(args.micro_batch, trajectories) or 1,
-        max_sequence_length=0 if args.model == "tiny" else None,  # which was trained without T5's tokens
+        max_sequence_length=0 if args.model == "tiny" else None,  # trained without T5 tokens
     )
 
 
@@ -659,7 +658,7 @@ def make_policy(args, trajectories):
 
 
 def join_processes(device):
-    """Make the PartialState, once, for the device of a run; from then on only the first process prints."""
+    """Make the PartialState, once, for a run's device. Afterwards only the first process prints."""
     options, local, gpus = {}, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if device.startswith("cuda") and "LOCAL_RANK" in os.environ:
         fits = device == "cuda" and local <= gpus
@@ -670,12 +669,12 @@ def join_processes(device):
 
 
 def share(rows):
-    """This process's part of the rows of all processes: every n-th of n processes."""
+    """This process's part of the rows of all processes: with n processes, every n-th row."""
     return rows[PartialState().process_index :: PartialState().num_processes]
 
 
 def gather(rows):
-    """The rows of all processes, in the order from which share took them, on the CPU."""
+    """The rows of all processes, in the order they had before share, on the CPU."""
     parts = gather_object([rows.cpu()])
     whole = torch.cat(parts)
     for process, part in enumerate(parts):
@@ -693,7 +692,7 @@ def progress(items, label, **options):
 
 
 def score(policy, reward, latents, prompts, at_once=64):
-    """Decode and score N latents, about at_once at a time: 10,000 branches would be 32 GB of pictures.
+    """Decode and score N latents, about at_once at a time, as 10,000 branches would be 32 GB of images.
 
     Returns scores (N,), and {name: scores (N,)} of the reward's parts.
     """
@@ -706,7 +705,7 @@ def score(policy, reward, latents, prompts, at_once=64):
 def reward_metrics(rewards, parts, group_size, zero_std_groups):
     """Metrics of the rollout's rewards (N,) and of their parts {name: (N,)}, over all processes.
 
-    reward_std/<name>: std within a group, averaged over groups: how much a part of a sum moves the advantage.
+    reward_std/<name>: std within a group, averaged over groups; shows how much each part of a sum counts.
     """
     rewards, shares = gather(rewards), gather_object([zero_std_groups])
     metrics = {"images": len(rewards)}
@@ -732,8 +731,7 @@ def save_pictures(images, captions, folder, iteration, size=192, columns=4):
         ImageDraw.Draw(tile).text((4, size + 6), text, "black", font_size=13)
     tiles += [Image.new("RGB", tiles[0].size, "white")] * (-len(tiles) % columns)
     make_image_grid(tiles, len(tiles) // columns, columns).save(folder / f"{iteration}.png")
-    first = min(folder.glob("[0-9]*.png"), key=lambda path: int(path.stem))
-    both = [ImageOps.expand(Image.open(path), 6, "grey") for path in (first, folder / f"{iteration}.png")]
+    both = [ImageOps.expand(Image.open(folder / f"{n}.png"), 6, "grey") for n in (0, iteration)]
     make_image_grid(both, rows=1, cols=2).save(folder / "compare.png")
 
 
@@ -752,7 +750,7 @@ def plot_progress(lines, path):
 
 
 def write(path, data):
-    """Write bytes to a file so that after a crash the old file or the new one is there, whole."""
+    """Write bytes to a file. After a crash the file is complete: the old one or the new one."""
     with open(f"{path}.tmp", "wb") as file:
         file.write(data)
         file.flush()
@@ -761,11 +759,11 @@ def write(path, data):
 
 
 class Run:
-    """A run and its folder: what a script does beside the algorithm. The first process writes and prints.
+    """A run and its folder: everything but the algorithm. The first process writes and prints.
 
-    With --resume it puts back weights, optimizer and counters of the last checkpoint. iteration: the last
-    complete one, None before the evaluation of the base model. stored: how many latents a rollout keeps;
-    states: how many an update trains on.
+    With --resume, restores weights, optimizer and counters from the last checkpoint. iteration: the last
+    complete iteration, None before the base model is evaluated. stored: number of latents that a rollout
+    keeps; states: number of latents that an update trains on.
     """
 
     def __init__(self, args, policy, optimizer, reward, eval_reward, stored, states):
@@ -802,7 +800,7 @@ class Run:
         return progress(range(done + 1, total + 1), "iterations", initial=done, total=total, leave=True)
 
     def text(self, iteration):
-        """This process's prompts of an iteration, and their text. Ten iterations are encoded in one go."""
+        """This process's prompts of an iteration, and their text. Encodes ten iterations at once."""
         if iteration not in self.texts:
             count, seed = self.args.prompts_per_iteration, self.args.seed
             ahead = range(iteration, min(iteration + 10, self.args.iterations + 1))
@@ -844,7 +842,7 @@ class Run:
         if PartialState().is_main_process:
             if iteration == 0:
                 print(*self.reward.self_check(prompts, parts, args.resolution), sep="\n")
-            shown = list(range(0, len(prompts), args.eval_seeds))[:16]  # of the first prompts, good or bad
+            shown = list(range(0, len(prompts), args.eval_seeds))[:16]  # always the first prompts
             images = policy.decode(latents[shown].to(policy.device)).cpu()
             captions = [f"{scores[n]:.2f}  {prompts[n]}" for n in shown]
             save_pictures(images, captions, self.folder / "samples", iteration)
@@ -852,9 +850,9 @@ class Run:
         return {"eval_reward": scores.mean().item()} | metrics
 
     def save(self, iteration, metrics):
-        """An iteration is complete: its line of metrics.jsonl, its adapter if evaluated, then the checkpoint.
+        """Save a complete iteration: its metrics, the adapter if it was evaluated, then the checkpoint.
 
-        In this order: after a crash the lines behind the checkpoint can be dropped, and none is missing.
+        In this order no line of metrics is missing after a crash; lines after the checkpoint are dropped.
         """
         self.phase("")
         evals = sum(gather_object([self.policy.velocity_evals]))
@@ -882,11 +880,11 @@ class Run:
             state = {"iteration": iteration, "images": self.images, "velocity_evals": evals}
             state |= {"best": self.best, "lora": self.policy.lora(), "optimizer": self.optimizer.state_dict()}
             state |= {"ema": self.policy.ema and self.policy.ema.state_dict()}
-            torch.save(state, buffer := io.BytesIO())  # to a file, a full disk would not be an OSError
+            torch.save(state, buffer := io.BytesIO())  # written to a file, a full disk is no OSError
             write(self.folder / "checkpoint.pt", buffer.getbuffer())
 
     def load(self):
-        """Put back what save kept. Settings that are overridden beside --resume stay as given."""
+        """Restore what save stored. Settings given together with --resume are kept."""
         from peft import set_peft_model_state_dict
 
         policy, path, file = self.policy, self.folder / "checkpoint.pt", self.folder / "metrics.jsonl"
@@ -909,7 +907,7 @@ class Run:
         policy.velocity_evals = state["velocity_evals"] if PartialState().is_main_process else 0
         set_peft_model_state_dict(policy.transformer, state["lora"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:  # which has the old one now
+        for group in self.optimizer.param_groups:  # load_state_dict restored the old one
             group["lr"] = self.args.learning_rate
         if policy.ema and state["ema"]:
             policy.ema.load_state_dict(state["ema"] | {"decay": self.args.ema_decay})
@@ -918,13 +916,13 @@ class Run:
             policy.ema.shadow_params = [parameter.detach().clone() for parameter in policy.parameters]
 
     def log(self, iteration, metrics):
-        """Show a saved iteration: in the terminal, at evaluations in samples/progress.png, on wandb."""
+        """Show a saved iteration: in the terminal, in samples/progress.png if evaluated, on wandb."""
         if not PartialState().is_main_process:
             return
         off = metrics.get("ratio_first_error") or 0.0
         if iteration == 1 and not off < 0.1 * self.args.clip_range:
-            print(f"warning: before any update the ratio differs from 1 by {off:.1e}, and later ratios by as")
-            print("much: rollout and training disagree. Try --no-compile and another --dtype.")
+            print(f"warning: before any update the ratio differs from 1 by {off:.1e}: rollout and training")
+            print("disagree, so later ratios are wrong as well. Try --no-compile and another --dtype.")
         clipped = metrics["clip_low"] + metrics["clip_high"] if iteration else None
         row = metrics.get("reward_mean"), metrics.get("eval_reward"), clipped, metrics.get("grad_norm")
         cells = "".join(f"{'' if value is None else format(value, '.4g'):>10}" for value in row)
@@ -936,7 +934,7 @@ class Run:
             sys.modules["wandb"].log(self.lines[-1], step=iteration)
 
     def summary(self):
-        """Print what the run did and where to look: two lines."""
+        """Print two lines: the results of the run, and its files."""
         scores = [line["eval_reward"] for line in self.lines if "eval_reward" in line]
         minutes = sum(line[name] for line in self.lines for name in line if name.endswith("_s")) / 60
         if self.best:
@@ -947,7 +945,7 @@ class Run:
 
 
 def run_config(args):
-    """What config.json holds: script, every setting as used, versions, commit, command."""
+    """The content of config.json: script, all settings as used, versions, commit, command."""
     try:
         git = ["git", "-C", str(TINY.parents[1]), "rev-parse", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
@@ -964,31 +962,29 @@ def run_config(args):
 
 @dataclass
 class Args:
-    """The settings that all scripts share; comments are help texts. None: depends on model and device."""
+    """Settings shared by all scripts; comments are help texts. Defaults of None are set in parse_args."""
 
-    prompts: str | None = None  # text file with one prompt per line, or .jsonl; default: tiny's own
-    model: str | None = (
-        None  # repository or folder; default: SD3.5 Medium with --prompts and a GPU, else tiny
-    )
+    prompts: str | None = None  # text file with one prompt per line, or .jsonl; default: the tiny model's
+    model: str | None = None  # repository or folder; default: SD3.5 Medium if --prompts and CUDA, else tiny
     reward: str | None = None  # name, or a sum pickscore=0.7,ocr=0.3; default: pickscore, shapes for tiny
     output: str | None = None  # run folder; default: runs/SCRIPT-MODEL-SEED-TIME
-    resume: str | None = None  # run folder to resume; options beside it override the settings of that run
+    resume: str | None = None  # run folder to resume; options given with it override that run's settings
     seed: int = 0  # random seed for everything
     device: str | None = None  # cuda or cpu; default: cuda if there is a GPU
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # frozen weights; default on CUDA: bfloat16
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # frozen weights; default: bfloat16 on CUDA
     compile: bool = True  # compile the transformer's blocks; default: on for real models on CUDA
-    gradient_checkpointing: bool = False  # less memory in training for a third more time
+    gradient_checkpointing: bool = False  # saves memory, takes a third longer to train
     micro_batch: int = 3  # M, latents per forward pass; 0 finds what fits on a GPU (default there)
     lora_rank: int = 32  # LoRA rank
     lora_alpha: float = 64.0  # LoRA alpha; the adapter is scaled by alpha / rank
-    eval_prompts: str | None = None  # file; default: held-out prompts of the tiny model, else --prompts
+    eval_prompts: str | None = None  # file; default: --prompts if given, else tiny's held-out prompts
     eval_every: int = 30  # iterations between evaluations
     eval_steps: int = 40  # ODE steps of an evaluation
     eval_seeds: int = 1  # images per prompt in an evaluation
-    eval_reward: str | None = None  # other rewards, logged as eval/<name> and never trained on
-    reward_offload: bool = False  # keep reward models on the CPU while they are not used
+    eval_reward: str | None = None  # other rewards, logged as eval/<name>, not used in training
+    reward_offload: bool = False  # keep unused reward models on the CPU
     save_every: int = 1  # iterations between checkpoints
-    wandb: str | None = None  # project to log to as well; needs the package wandb
+    wandb: str | None = None  # also log to this wandb project; needs wandb installed
 
 
 NOISE_LEVELS = {"flow": 0.7, "dance": 0.3, "cps": 0.8, "precise": 1.5}  # [FG], [DG], [CPS], [PR]
@@ -997,12 +993,12 @@ NOISE_LEVELS = {"flow": 0.7, "dance": 0.3, "cps": 0.8, "precise": 1.5}  # [FG], 
 def parse_args(script, args_class, defaults, argv=None):
     """The command line as an args_class, checked. Loads no model and writes nothing.
 
-    script: its name. defaults: {"tiny": {...}, "sd3": {...}}, what a model wants other than the defaults of
-    the class; with --resume the defaults are the settings of that run.
+    script: its name. defaults: {"tiny": {...}, "sd3": {...}}, settings of a model that differ from the class
+    defaults. With --resume the settings of that run are the defaults.
     """
     import tyro
 
-    first = ArgumentParser(add_help=False, allow_abbrev=False)  # what chooses the other defaults
+    first = ArgumentParser(add_help=False, allow_abbrev=False)  # options that decide the other defaults
     for name in ("model", "prompts", "resume", "sde", "device"):
         first.add_argument(f"--{name}")
     given, _ = first.parse_known_args(argv)
@@ -1022,8 +1018,10 @@ def parse_args(script, args_class, defaults, argv=None):
     if cuda and family != "tiny":
         settings["micro_batch"] = 0
     settings |= stored | {"model": model}
-    if given.sde and given.sde != stored.get("sde", own.sde):
-        settings["noise_level"] = NOISE_LEVELS.get(given.sde, 0.7)
+    if given.sde and given.sde != settings.get("sde", own.sde):  # each sampler has its own noise level
+        settings["noise_level"] = (
+            own.noise_level if given.sde == own.sde else NOISE_LEVELS.get(given.sde, 0.7)
+        )
     args = tyro.cli(args_class, default=args_class(**settings), args=argv, prog=f"{script}.py")
     args.script, args.model = script, model
     args.micro_batch = args.micro_batch or (0 if args.device.startswith("cuda") else own.micro_batch)
@@ -1060,7 +1058,7 @@ def parse_args(script, args_class, defaults, argv=None):
 
 
 def require(condition, message):
-    """Bad input ends a script with one line."""
+    """End the script with a one-line message unless the condition holds."""
     if not condition:
         raise SystemExit(f"error: {message}")
 
@@ -1077,7 +1075,7 @@ def absolute_files(spec):
 
 
 def resumed_settings(script, args_class, folder):
-    """The settings of the run in a folder. SystemExit: it is not a run of this script as it is now."""
+    """The settings of the run in a folder. SystemExit if this script cannot resume it."""
     folder = Path(folder).expanduser()
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
@@ -1091,7 +1089,7 @@ def resumed_settings(script, args_class, folder):
 
 
 def check_numbers(args):
-    """SystemExit for numbers that would train nonsense without a word."""
+    """SystemExit for numbers that would silently train nonsense."""
     shares = {"ema_decay", "clip_range", "chunk_fraction", "eval_hybrid"}
     shares |= {"noise_level"} if args.sde == "cps" else set()
     for name, value in asdict(args).items():
@@ -1122,8 +1120,8 @@ def start_wandb(args):
 def read_prompts(path):
     """Prompts of a UTF-8 file: one per line, or the field `prompt` of each line of a .jsonl.
 
-    Blank lines and lines that start with # are skipped. tiny:...: a file of the tiny model. Read once: a pipe
-    works.
+    Blank lines and lines that start with # are skipped. tiny:...: a file of the tiny model. A file is
+    read only once, so a pipe works.
     """
     path = TINY / path[5:] if path.startswith("tiny:") else Path(path)
     try:
@@ -1134,15 +1132,15 @@ def read_prompts(path):
         valid = prompts and all(prompts) and "\0" not in "".join(prompts)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         require(False, f"prompts file {path} cannot be read: {one_line(error)}; give UTF-8 text or .jsonl")
-    require(valid, f"prompts file {path} has no prompts, an empty one or a NUL; write one prompt per line")
+    require(valid, f"prompts file {path}: no prompts, an empty prompt or a NUL; write one prompt per line")
     return prompts
 
 
 def parse_sde_steps(args):
-    """--sde-steps: the steps that may be random, and how many of them an iteration takes.
+    """--sde-steps: the steps that may be random, and how many of them each iteration draws.
 
-    "early" is the first half of --steps, "0,1,2" are those three, "3" draws three in each iteration, "3," is
-    step 3.
+    "early" means the first half of --steps, "0,1,2" these three, "3" three drawn anew in each iteration, "3,"
+    only step 3.
     """
     spec, last = args.sde_steps, args.steps - 2
     steps = list(range(args.steps // 2 if spec == "early" else last + 1))
@@ -1163,7 +1161,7 @@ def out_of_memory(error):
 
 
 def load_rewards(args, get_reward):
-    """args.reward and args.eval_reward (or None), loaded, after checking that both can read every prompt."""
+    """Load args.reward and args.eval_reward (or None), and check that both can read every prompt."""
     specs = args.reward, args.eval_reward
     rewards = [get_reward(x, args.device, args.reward_offload) if x is not None else None for x in specs]
     for reward in filter(None, rewards):
@@ -1185,7 +1183,7 @@ def split_batch(args, each, group):
 
 
 def print_plan(args, sigmas, s, sde_steps, each, weight=None):
-    """Print the batch arithmetic and a table of the steps. each: trajectories per prompt; weight: (T - 1,)"""
+    """Print the batch arithmetic and a table of steps. each: trajectories per prompt. weight: (T - 1,)"""
     P, U, weight = args.prompts_per_iteration, args.updates_per_iteration, s / s if weight is None else weight
     print(f"{args.iterations} iterations of {P} prompts x {each} = {P * each} trajectories in {U} updates")
     print("step   sigma   Delta       s     std  weight")
@@ -1195,7 +1193,7 @@ def print_plan(args, sigmas, s, sde_steps, each, weight=None):
 
 
 def run_script(script, main, args_class, defaults):
-    """Run a script's main. Ctrl-C and running out of memory end in one line, a bug in a traceback."""
+    """Run a script's main. On Ctrl-C or out of memory, print one line; on a bug, a traceback."""
     args = None
     try:
         args = parse_args(script, args_class, defaults)

@@ -8,8 +8,8 @@ One iteration: sample a group of images for every prompt with the SDE (rollout),
 each with its group (advantage), and raise the probability of the chunks of steps that led to the better ones
 (update).
 
-A transition is one random step of the sampler. Notation: common.py. Sources in brackets, settings, metrics:
-README.md.
+A transition is one random step of the sampler. The notation and the sources in brackets are explained in
+common.py, the settings and metrics in README.md.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Args(common.Args):
     steps: int = 10  # T, sampling steps
     sde_steps: str = "early"  # random steps: all, early (the first half), a consecutive list 2,3,4
     sde: Literal["flow", "dance", "cps", "precise"] = "flow"  # how random steps add noise
-    noise_level: float = 0.7  # of --sde; default: flow 0.7, dance 0.3, cps 0.8, precise 1.5, or the model's
+    noise_level: float = 0.7  # a or eta; default: by model, or flow 0.7, dance 0.3, cps 0.8, precise 1.5
     guidance: float = 1.0  # classifier-free guidance, off at 1
     resolution: int = 512  # pixels per side
     shared_noise: bool = False  # one initial noise for a whole group, as in DanceGRPO
@@ -41,21 +41,21 @@ class Args(common.Args):
     chunks: str = "adaptive"  # adaptive, halves (of the random steps), or a list of sizes 2,3,4
     chunk_max: int = 4  # adaptive chunks with more steps are cut again
     chunk_fraction: float = 0.5  # share of the chunks of a trajectory that are trained
-    weighted_sampling: bool = False  # draw the trained chunks by their mean L1rel instead of uniformly
-    eval_hybrid: float = 1.0  # share of evaluation steps with the adapter on, the rest without; [GC] has 0.6
+    weighted_sampling: bool = False  # draw chunks in proportion to their mean L1rel, not uniformly
+    eval_hybrid: float = 1.0  # the adapter is on for this first share of evaluation steps; [GC]: 0.6
     learning_rate: float = 3e-4  # AdamW learning rate
     clip_range: float = 1e-4  # the ratio is clipped to 1 +- clip_range
     adv_clip: float = 5.0  # advantages are clipped to +- adv_clip
-    adv_std: Literal["group", "batch"] = "group"  # divide advantages by the std of this
-    kl_coef: float = 0.0  # beta, weight of the KL to the base model; 0 saves its forward passes
+    adv_std: Literal["group", "batch"] = "group"  # divide advantages by the std of each group or of the batch
+    kl_coef: float = 0.0  # beta, coefficient of the KL to the base model; 0 skips the KL
     max_grad_norm: float = 1.0  # gradients with a larger norm are scaled down to this norm
     ema_decay: float = 0.9  # decay of the moving average of the adapter's weights, off at 0
     ema_every: int = 8  # optimizer steps per step of the moving average
 
 
-# What a model wants other than the defaults above, which are those of SD3.5 Medium; as in grpo.py. FLUX.1 has
-# the steps, clip range and evaluation of [GC] and the LoRA of [DG]. [GC] trains half of the chunks; tiny
-# trains both that it has.
+# The defaults above are for SD3.5 Medium; these are the differences for other models, as in grpo.py. FLUX.1
+# uses the steps, clip range and evaluation steps of [GC], and the LoRA of [DG]. [GC] trains half of the
+# chunks; the tiny model has two chunks and trains both.
 DEFAULTS = {
     "tiny": dict(
         iterations=180, prompts_per_iteration=8, group_size=12, micro_batch=48, resolution=32,
@@ -73,13 +73,13 @@ DEFAULTS = {
 
 @torch.no_grad()
 def rollout(policy, text, prompt_index, noise, sigmas, s, sde, chosen):
-    """Sample images, with SDE steps where chosen and ODE steps elsewhere, and keep the random transitions.
+    """Sample images with SDE steps at the chosen steps and ODE steps at the others; keep the transitions.
 
-    text: from policy.encode; prompt_index: (N,) the row of text of each image; noise: (N, C, H, W) initial
-    latents, then one such tensor per chosen step; sigmas: (T + 1,); s: (T - 1,) noise scales; sde: as in
-    sde_mean_std; chosen: K steps in rising order. Returns x and x_next (K, N, C, H, W), the states before and
-    after each random transition, its log-prob (K, N) under the policy that made it, and the final latents (N,
-    C, H, W).
+    text: from policy.encode; prompt_index: (N,) which row of text each image uses; noise: 1 + K tensors
+    (N, C, H, W), the initial latents and the noise of each chosen step; sigmas: (T + 1,); s: (T - 1,) noise
+    scales; sde: as in sde_mean_std; chosen: K steps in rising order. Returns x and x_next (K, N, C, H, W),
+    the states before and after each transition, the log-probs (K, N) of the transitions under the policy that
+    sampled them, and the final latents (N, C, H, W).
     """
     latents, x, x_next, logp = noise[0], [], [], []
     for step in common.progress(range(len(sigmas) - 1), "rollout"):
@@ -90,7 +90,7 @@ def rollout(policy, text, prompt_index, noise, sigmas, s, sde, chosen):
             latents = mean + std * noise[len(x)]
             x_next.append(latents)
             logp.append(log_prob(latents, mean, std))
-        else:  # an ODE step: no noise, no log-prob, never trained; the last step is one: no noise is left
+        else:  # an ODE step: no noise, no log-prob, not trained. The last step is always an ODE step.
             latents = latents - (sigmas[step] - sigmas[step + 1]) * velocity
     return torch.stack(x), torch.stack(x_next), torch.stack(logp), latents
 
@@ -99,7 +99,7 @@ def transition_logp(policy, text, prompt_index, levels, sde, x, x_next, step, im
     """Log-prob of stored transitions under the current weights.
 
     text, prompt_index, sde: as in rollout; levels: sigma, sigma_next and s, (K,) each; x, x_next: (K, N, C,
-    H, W) states before and after each transition; step, image: (M,) which transitions. Returns logp (M,), and
+    H, W) states before and after each transition; step, image: (M,) their indices. Returns logp (M,), and
     the mean (M, C, H, W) and std (M, 1, 1, 1) of the Gaussian.
     """
     sigma, sigma_next, scale = (level[step] for level in levels)
@@ -109,7 +109,7 @@ def transition_logp(policy, text, prompt_index, levels, sde, x, x_next, step, im
 
 
 def policy_loss(log_ratio, advantage, clip_range):
-    """PPO's clipped loss, one per element, for log_ratio = logp - old_logp; to be minimised."""
+    """PPO's clipped loss of each element, to be minimised. log_ratio: logp - old_logp."""
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return torch.maximum(-advantage * ratio, -advantage * clipped)
@@ -134,12 +134,12 @@ def parse_chunks(args, sde_steps, drawn):
 def adaptive_chunks(l1rel, chunk_max, order=1):
     """Sizes of the chunks of consecutive steps whose derivative of L1rel has the same sign, [GC] section 4.3.
 
-    l1rel: (n,). A step has the sign of the order-th difference that ends at it; a zero (up to rounding) keeps
-    the sign before it; the steps before the first difference take the first sign there is. If the sign never
-    changes, the chunk is split at its midpoint, rounded down. Chunks of more than chunk_max steps are cut
-    again by the next order. This is our interpretation: [GC] gives no chunk_max and no rule for the edges,
-    and its code has fixed sizes only. Example: 9 8 6 7 9 with chunk_max 3: differences -1 -2 1 2, signs - - -
-    + +, sizes [3, 2].
+    l1rel: (n,). Each step takes the sign of the order-th difference that ends at this step. A difference of 0
+    (up to rounding) keeps the previous sign; steps without a difference take the first sign. If the sign
+    never changes, the chunk is split at its midpoint, rounded down. Chunks of more than chunk_max steps are
+    cut again with differences of the next order. This is our interpretation: [GC] gives no chunk_max and no
+    rule for the first steps, and its code only has fixed sizes. Example: 9 8 6 7 9 with chunk_max 3:
+    differences -1 -2 1 2, signs - - - + +, sizes [3, 2].
     """
     if len(l1rel) <= chunk_max:
         return [len(l1rel)]
@@ -153,11 +153,11 @@ def adaptive_chunks(l1rel, chunk_max, order=1):
 
 
 def draw_chunks(l1rel, sizes, fraction, weighted, exponentials):
-    """Draw chunks of a trajectory without replacement, uniformly or by their mean L1rel [GC] eq. 17.
+    """Draw chunks of a trajectory without replacement, uniformly or in proportion to mean L1rel [GC] eq. 17.
 
-    l1rel: (K,); sizes: of its chunks; exponentials: (K,) exponential random numbers. The chunks with the
-    largest weight / number are drawn, as in torch.multinomial. Returns chunk_average (K, K): 1 / size where
-    two steps share a drawn chunk, else 0.
+    l1rel: (K,); sizes: chunk sizes; exponentials: (K,) exponential random numbers. The chunks with the
+    largest weight / number are drawn, as in torch.multinomial. Returns chunk_average (K, K): 1 / size if two
+    steps are in the same drawn chunk, else 0.
     """
     weight = torch.stack([piece.mean() if weighted else torch.ones(()) for piece in l1rel.split(sizes)])
     count = max(1, int(fraction * len(sizes) + 0.5))
@@ -166,16 +166,16 @@ def draw_chunks(l1rel, sizes, fraction, weighted, exponentials):
 
 
 def chunk_log_ratio(logp, new_logp, old_logp, chunk_average, step, image):
-    """Log-ratio of the chunks that M transitions belong to: the mean over the steps of the chunk, (M,).
+    """Log-ratio of the chunk of each of M transitions: the mean log-ratio over the chunk's steps, (M,).
 
-    logp: (M,) of the transitions, with a gradient; new_logp, old_logp: (K, N) of all transitions, current and
-    at the rollout, as numbers; chunk_average: (N, K, K); step, image: (M,) which transitions.
+    logp: (M,) with a gradient; new_logp, old_logp: (K, N) log-probs of all transitions under the current
+    weights and at the rollout, without gradient; chunk_average: (N, K, K); step, image: (M,) indices.
 
-    Only the log-prob of this step has a gradient here. The derivative of the chunk's loss by one log-prob
-    needs the value of the ratio alone, so summing these losses over the steps of a chunk gives the gradient
-    of the whole chunk, and memory does not grow with its length. At ratio 1 a step of a chunk of n steps
-    weighs 1 / (J n), J chunks drawn: with sizes [2, 3, 4, 7] the first two steps weigh 3.5 times as much as
-    the last.
+    Here only the log-prob of the transition itself has a gradient. The derivative of the chunk's loss with
+    respect to one log-prob depends on the others only through the value of the ratio. So the sum of these
+    losses over a chunk's steps has the gradient of the whole chunk, and memory does not grow with its length.
+    At ratio 1 each step of an n-step chunk has the factor 1 / (J n) if J chunks are drawn: with sizes
+    [2, 3, 4, 7] each of the first two steps counts 3.5 times as much as each of the last seven.
     """
     average = chunk_average[image, step]  # (M, K) 1 / size for the steps of the chunk
     log_ratio = (average * (new_logp - old_logp)[:, image].T).sum(1)
@@ -183,10 +183,10 @@ def chunk_log_ratio(logp, new_logp, old_logp, chunk_average, step, image):
 
 
 def chunk_metrics(l1rel, chunks, group_size):
-    """What the chunks were. l1rel: (N, K), chunks: N lists of sizes.
+    """Metrics of the chunks. l1rel: (N, K), chunks: N lists of sizes.
 
     chunk_cuts: share of trajectories with a cut before each step. l1rel_prompt_share: share of the variance
-    of L1rel between prompts; 1 / group_size by chance if the curve does not depend on the prompt.
+    of L1rel between prompts; about 1 / group_size if L1rel does not depend on the prompt.
     """
     cut = torch.zeros_like(l1rel)
     for row, sizes in zip(cut, chunks):
@@ -198,20 +198,20 @@ def chunk_metrics(l1rel, chunks, group_size):
 
 
 def update(policy, optimizer, args, transitions, old_logp, chunk_average, advantage, images, stats, first):
-    """One optimizer step on the transitions of some images, of the chunks that were drawn.
+    """One optimizer step on the transitions of some images that are in drawn chunks.
 
     transitions: the arguments of transition_logp up to x_next; old_logp: (K, N) from rollout; chunk_average:
-    (N, K, K), advantage: (N,) and images: (n,) their numbers, on the CPU; first: whether this is the
+    (N, K, K), advantage: (N,) and images: (n,) which images, all on the CPU; first: whether this is the
     iteration's first update.
     """
-    # an advantage of 0 has no gradient: without the KL such images are left out, and the update is the same
+    # an image with advantage 0 adds no gradient: unless the KL is on, skipping it changes nothing
     live = images if args.kl_coef > 0 else images[advantage[images] != 0]
     # GCPO: the steps of drawn chunks
     own = chunk_average.diagonal(dim1=1, dim2=2)  # (N, K) 1 / size of a step's chunk, 0 if it was not drawn
     step, place = own[live].T.nonzero().T
     image, chunks_drawn = live[place], own.sum(1).round().to(policy.device)  # chunks_drawn: (N,)
-    # GCPO: a ratio needs the current log-probs of the whole chunk. In the first update these are the old
-    # ones; later they take a forward pass, except in chunks of one step.
+    # GCPO: a ratio needs the current log-probs of the whole chunk. In the first update they equal old_logp;
+    # later updates compute them with an extra forward pass, except for chunks of one step.
     shared = (own[image, step] < 1) & (not first)
     new_logp, chunk_average = old_logp.clone(), chunk_average.to(policy.device)
     advantage = advantage.to(policy.device)
@@ -230,7 +230,7 @@ def update(policy, optimizer, args, transitions, old_logp, chunk_average, advant
         log_ratio = chunk_log_ratio(logp, new_logp, old_logp, chunk_average, mb_step, mb_image)
         mb_advantage = advantage[mb_image]
         loss = policy_loss(log_ratio, mb_advantage, args.clip_range)  # (M,)
-        if args.kl_coef > 0:  # divided by the variance of the sampler; [FG] leaves Delta out
+        if args.kl_coef > 0:  # KL of the sampler's Gaussians; [FG] omits Delta from the variance
             with policy.reference():
                 _, mean_ref, _ = transition_logp(policy, *transitions, mb_step, mb_image)
             kl = ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(1)
@@ -242,41 +242,41 @@ def update(policy, optimizer, args, transitions, old_logp, chunk_average, advant
     stats.add(grad_norm=policy.clip_gradients(args.max_grad_norm))
     optimizer.step()
     policy.update_average()
-    optimizer.zero_grad(set_to_none=False)
+    optimizer.zero_grad(set_to_none=False)  # clip_gradients needs every .grad
 
 
 def main(args):
     P, G, U = args.prompts_per_iteration, args.group_size, args.updates_per_iteration
-    N = common.split_batch(args, G, group=G)  # images per iteration, of this process
-    sde_steps, drawn = common.parse_sde_steps(args)
-    sizes = parse_chunks(args, sde_steps, drawn)  # GCPO
+    N = common.split_batch(args, G, group=G)  # images per iteration on this process
+    sde_steps, K = common.parse_sde_steps(args)  # K of them are random in an iteration
+    sizes = parse_chunks(args, sde_steps, K)  # GCPO
     reward, eval_reward = common.load_rewards(args, get_reward)
     policy = common.make_policy(args, trajectories=N)
-    # eps stays 1e-8, as in published code: SD3's gradients are of that size, which halves its updates
+    # eps is 1e-8, as in published code. SD3's gradients are of that size, which about halves the steps
     optimizer = torch.optim.AdamW(policy.parameters, args.learning_rate, weight_decay=0.0)
     sigmas = policy.sigmas(args.steps)
     s = noise_scale(sigmas, args.sde, args.noise_level)  # (T - 1,)
     prompt_index = torch.arange(N, device=policy.device) // G  # (N,) the prompt of each image
     common.print_plan(args, sigmas, s, sde_steps, G)
 
-    stored = (1 + 3 * drawn) * N  # latents that a rollout keeps
-    run = common.Run(args, policy, optimizer, reward, eval_reward, stored, states=drawn * N // U)
-    if run.iteration is None:  # a new run: the base model
+    stored = (1 + 3 * K) * N  # latents that a rollout keeps: noise, x and x_next
+    run = common.Run(args, policy, optimizer, reward, eval_reward, stored, states=K * N // U)
+    if run.iteration is None:  # a new run: evaluate the base model
         metrics = {"iteration": 0} | run.evaluate(0, args.eval_hybrid)
         run.save(0, metrics)
         run.log(0, metrics)
     for iteration in run.remaining():
         run.phase("rollout")
         prompts, text = run.text(iteration)
-        chosen = common.iteration_steps(sde_steps, drawn, iteration, args.seed)  # K steps
+        chosen = common.iteration_steps(sde_steps, K, iteration, args.seed)  # K steps
         levels = [level[chosen] for level in (sigmas[:-2], sigmas[1:-1], s)]  # sigma, sigma_next, s: (K,)
         generator = common.generator(args.seed, "noise", iteration)
-        noise = [policy.noise(P, G, generator) for _ in range(1 + len(chosen))]
+        noise = [policy.noise(P, G, generator) for _ in range(1 + K)]
         if args.shared_noise:
             noise[0] = noise[0][prompt_index * G]
         x, x_next, old_logp, latents = rollout(policy, text, prompt_index, noise, sigmas, s, args.sde, chosen)
 
-        # GCPO: how much each step changes the latent, where that cuts a trajectory, which chunks are trained
+        # GCPO: the relative change of the latent in each step, the chunks, and which chunks are trained
         l1rel = ((x_next - x).flatten(2).norm(1, 2) / x.flatten(2).norm(1, 2)).T.cpu()  # (N, K)
         chunks = [sizes or adaptive_chunks(curve, args.chunk_max) for curve in l1rel]
         generator = common.generator(args.seed, "chunks", iteration)
@@ -300,7 +300,7 @@ def main(args):
             update(policy, optimizer, args, *batch, images, stats, n == 0)
 
         metrics = {"iteration": iteration} | common.reward_metrics(rewards, parts, G, zero_std_groups)
-        metrics |= stats.metrics(args.clip_range, steps=len(chosen), transitions=trained)  # GCPO
+        metrics |= stats.metrics(args.clip_range, steps=K, transitions=trained)  # GCPO
         metrics |= chunk_metrics(l1rel, chunks, G)
         if iteration % args.eval_every == 0 or iteration == args.iterations:
             metrics |= run.evaluate(iteration, args.eval_hybrid)

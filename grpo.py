@@ -8,8 +8,8 @@ One iteration: sample a group of images for every prompt with the SDE (rollout),
 each with its group (advantage), and raise the probability of the transitions that led to the better ones
 (update).
 
-A transition is one random step of the sampler. Notation: common.py. Sources in brackets, settings, metrics:
-README.md.
+A transition is one random step of the sampler. The notation and the sources in brackets are explained in
+common.py, the settings and metrics in README.md.
 """
 
 from dataclasses import dataclass
@@ -33,24 +33,24 @@ class Args(common.Args):
     steps: int = 10  # T, sampling steps
     sde_steps: str = "early"  # random steps: all, early (the first half), a list 0,1,2, or how many to draw
     sde: Literal["flow", "dance", "cps", "precise"] = "flow"  # how random steps add noise
-    noise_level: float = 0.7  # of --sde; default: flow 0.7, dance 0.3, cps 0.8, precise 1.5, or the model's
+    noise_level: float = 0.7  # a or eta; default: by model, or flow 0.7, dance 0.3, cps 0.8, precise 1.5
     guidance: float = 1.0  # classifier-free guidance, off at 1
     resolution: int = 512  # pixels per side
     shared_noise: bool = False  # one initial noise for a whole group, as in DanceGRPO
     learning_rate: float = 3e-4  # AdamW learning rate
     clip_range: float = 1e-4  # the ratio is clipped to 1 +- clip_range
     adv_clip: float = 5.0  # advantages are clipped to +- adv_clip
-    adv_std: Literal["group", "batch"] = "group"  # divide advantages by the std of this
-    kl_coef: float = 0.0  # beta, weight of the KL to the base model; 0 saves its forward passes
+    adv_std: Literal["group", "batch"] = "group"  # divide advantages by the std of each group or of the batch
+    kl_coef: float = 0.0  # beta, coefficient of the KL to the base model; 0 skips the KL
     max_grad_norm: float = 1.0  # gradients with a larger norm are scaled down to this norm
     ema_decay: float = 0.9  # decay of the moving average of the adapter's weights, off at 0
     ema_every: int = 8  # optimizer steps per step of the moving average
 
 
-# What a model wants other than the defaults above, which are those of SD3.5 Medium. tiny: what tuning found.
-# The others: learning rate, clip range, adapter, noise and average of [FG]. Their batches fill an estimated
-# 12 hours on one GPU (tests/bench.py plan), 24 GB for SD3 and FLUX.2, 80 GB for FLUX.1. To fit, SD3 has no
-# guidance, as in [FG]'s fast runs, and only early steps are trained.
+# The defaults above are for SD3.5 Medium; these are the differences for other models. tiny: found by tuning.
+# Others: learning rate, clip range, LoRA, noise level and moving average are from [FG]; with these batches a
+# run takes an estimated 12 hours (tests/bench.py plan) on one GPU, of 24 GB for SD3 and FLUX.2, of 80 GB for
+# FLUX.1. To fit, SD3 runs without guidance, as in [FG]'s fast runs, and only early steps are trained.
 DEFAULTS = {
     "tiny": dict(
         iterations=150, prompts_per_iteration=8, group_size=12, micro_batch=48, resolution=32,
@@ -68,13 +68,13 @@ DEFAULTS = {
 
 @torch.no_grad()
 def rollout(policy, text, prompt_index, noise, sigmas, s, sde, chosen):
-    """Sample images, with SDE steps where chosen and ODE steps elsewhere, and keep the random transitions.
+    """Sample images with SDE steps at the chosen steps and ODE steps at the others; keep the transitions.
 
-    text: from policy.encode; prompt_index: (N,) the row of text of each image; noise: (N, C, H, W) initial
-    latents, then one such tensor per chosen step; sigmas: (T + 1,); s: (T - 1,) noise scales; sde: as in
-    sde_mean_std; chosen: K steps in rising order. Returns x and x_next (K, N, C, H, W), the states before and
-    after each random transition, its log-prob (K, N) under the policy that made it, and the final latents (N,
-    C, H, W).
+    text: from policy.encode; prompt_index: (N,) which row of text each image uses; noise: 1 + K tensors
+    (N, C, H, W), the initial latents and the noise of each chosen step; sigmas: (T + 1,); s: (T - 1,) noise
+    scales; sde: as in sde_mean_std; chosen: K steps in rising order. Returns x and x_next (K, N, C, H, W),
+    the states before and after each transition, the log-probs (K, N) of the transitions under the policy that
+    sampled them, and the final latents (N, C, H, W).
     """
     latents, x, x_next, logp = noise[0], [], [], []
     for step in common.progress(range(len(sigmas) - 1), "rollout"):
@@ -85,7 +85,7 @@ def rollout(policy, text, prompt_index, noise, sigmas, s, sde, chosen):
             latents = mean + std * noise[len(x)]
             x_next.append(latents)
             logp.append(log_prob(latents, mean, std))
-        else:  # an ODE step: no noise, no log-prob, never trained; the last step is one: no noise is left
+        else:  # an ODE step: no noise, no log-prob, not trained. The last step is always an ODE step.
             latents = latents - (sigmas[step] - sigmas[step + 1]) * velocity
     return torch.stack(x), torch.stack(x_next), torch.stack(logp), latents
 
@@ -94,7 +94,7 @@ def transition_logp(policy, text, prompt_index, levels, sde, x, x_next, step, im
     """Log-prob of stored transitions under the current weights.
 
     text, prompt_index, sde: as in rollout; levels: sigma, sigma_next and s, (K,) each; x, x_next: (K, N, C,
-    H, W) states before and after each transition; step, image: (M,) which transitions. Returns logp (M,), and
+    H, W) states before and after each transition; step, image: (M,) their indices. Returns logp (M,), and
     the mean (M, C, H, W) and std (M, 1, 1, 1) of the Gaussian.
     """
     sigma, sigma_next, scale = (level[step] for level in levels)
@@ -104,7 +104,7 @@ def transition_logp(policy, text, prompt_index, levels, sde, x, x_next, step, im
 
 
 def policy_loss(log_ratio, advantage, clip_range):
-    """PPO's clipped loss, one per element, for log_ratio = logp - old_logp; to be minimised."""
+    """PPO's clipped loss of each element, to be minimised. log_ratio: logp - old_logp."""
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return torch.maximum(-advantage * ratio, -advantage * clipped)
@@ -114,10 +114,10 @@ def update(policy, optimizer, args, transitions, old_logp, advantage, images, st
     """One optimizer step on the random transitions of some images.
 
     transitions: the arguments of transition_logp up to x_next; old_logp: (K, N) from rollout; advantage: (N,)
-    and images: (n,) their numbers, on the CPU; first: whether this is the iteration's first update.
+    and images: (n,) which images, both on the CPU; first: whether this is the iteration's first update.
     """
     K = len(old_logp)
-    # an advantage of 0 has no gradient: without the KL such images are left out, and the update is the same
+    # an image with advantage 0 adds no gradient: unless the KL is on, skipping it changes nothing
     live = images if args.kl_coef > 0 else images[advantage[images] != 0]
     step, image = torch.cartesian_prod(torch.arange(K), live).T
     advantage = advantage.to(policy.device)
@@ -131,46 +131,46 @@ def update(policy, optimizer, args, transitions, old_logp, advantage, images, st
             stats.add(first_log_ratio=log_ratio, first_step=mb_step)
         mb_advantage = advantage[mb_image]
         loss = policy_loss(log_ratio, mb_advantage, args.clip_range)  # (M,)
-        if args.kl_coef > 0:  # divided by the variance of the sampler; [FG] leaves Delta out
+        if args.kl_coef > 0:  # KL of the sampler's Gaussians; [FG] omits Delta from the variance
             with policy.reference():
                 _, mean_ref, _ = transition_logp(policy, *transitions, mb_step, mb_image)
             kl = ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(1)
-            loss = loss + args.kl_coef * kl
             stats.add(kl_ref=kl)
+            loss = loss + args.kl_coef * kl
         policy.backward((loss / K).sum() / len(images))
         stats.add(loss=loss, log_ratio=log_ratio, advantage=mb_advantage)
     stats.add(grad_norm=policy.clip_gradients(args.max_grad_norm))
     optimizer.step()
     policy.update_average()
-    optimizer.zero_grad(set_to_none=False)
+    optimizer.zero_grad(set_to_none=False)  # clip_gradients needs every .grad
 
 
 def main(args):
     P, G, U = args.prompts_per_iteration, args.group_size, args.updates_per_iteration
-    N = common.split_batch(args, G, group=G)  # images per iteration, of this process
-    sde_steps, drawn = common.parse_sde_steps(args)
+    N = common.split_batch(args, G, group=G)  # images per iteration on this process
+    sde_steps, K = common.parse_sde_steps(args)  # K of them are random in an iteration
     reward, eval_reward = common.load_rewards(args, get_reward)
     policy = common.make_policy(args, trajectories=N)
-    # eps stays 1e-8, as in published code: SD3's gradients are of that size, which halves its updates
+    # eps is 1e-8, as in published code. SD3's gradients are of that size, which about halves the steps
     optimizer = torch.optim.AdamW(policy.parameters, args.learning_rate, weight_decay=0.0)
     sigmas = policy.sigmas(args.steps)
     s = noise_scale(sigmas, args.sde, args.noise_level)  # (T - 1,)
     prompt_index = torch.arange(N, device=policy.device) // G  # (N,) the prompt of each image
     common.print_plan(args, sigmas, s, sde_steps, G)
 
-    stored = (1 + 3 * drawn) * N  # latents that a rollout keeps
-    run = common.Run(args, policy, optimizer, reward, eval_reward, stored, states=drawn * N // U)
-    if run.iteration is None:  # a new run: the base model
+    stored = (1 + 3 * K) * N  # latents that a rollout keeps: noise, x and x_next
+    run = common.Run(args, policy, optimizer, reward, eval_reward, stored, states=K * N // U)
+    if run.iteration is None:  # a new run: evaluate the base model
         metrics = {"iteration": 0} | run.evaluate(0)
         run.save(0, metrics)
         run.log(0, metrics)
     for iteration in run.remaining():
         run.phase("rollout")
         prompts, text = run.text(iteration)
-        chosen = common.iteration_steps(sde_steps, drawn, iteration, args.seed)  # K steps
+        chosen = common.iteration_steps(sde_steps, K, iteration, args.seed)  # K steps
         levels = [level[chosen] for level in (sigmas[:-2], sigmas[1:-1], s)]  # sigma, sigma_next, s: (K,)
         generator = common.generator(args.seed, "noise", iteration)
-        noise = [policy.noise(P, G, generator) for _ in range(1 + len(chosen))]
+        noise = [policy.noise(P, G, generator) for _ in range(1 + K)]
         if args.shared_noise:
             noise[0] = noise[0][prompt_index * G]
         x, x_next, old_logp, latents = rollout(policy, text, prompt_index, noise, sigmas, s, args.sde, chosen)
@@ -184,12 +184,11 @@ def main(args):
 
         run.phase("train")
         stats, transitions = common.Stats(), (text, prompt_index, levels, args.sde, x, x_next)
-        batch = transitions, old_logp, advantage
         for n, images in enumerate(torch.arange(N).view(U, -1)):
-            update(policy, optimizer, args, *batch, images, stats, n == 0)
+            update(policy, optimizer, args, transitions, old_logp, advantage, images, stats, first=n == 0)
 
         metrics = {"iteration": iteration} | common.reward_metrics(rewards, parts, G, zero_std_groups)
-        metrics |= stats.metrics(args.clip_range, steps=len(chosen), transitions=len(chosen) * N)
+        metrics |= stats.metrics(args.clip_range, steps=K, transitions=K * N)
         if iteration % args.eval_every == 0 or iteration == args.iterations:
             metrics |= run.evaluate(iteration)
         run.save(iteration, metrics)

@@ -1,15 +1,15 @@
-"""TempFlow-GRPO for flow-matching text-to-image models: GRPO that credits single steps ([TF], arXiv
-2508.04324).
+"""TempFlow-GRPO for flow-matching text-to-image models: GRPO with an advantage per step ([TF],
+arXiv 2508.04324).
 
     python tempflow_grpo.py                        # the bundled tiny model, minutes on a laptop
     python tempflow_grpo.py --prompts data.txt     # Stable Diffusion 3.5 Medium with LoRA, on a CUDA GPU
 
 One iteration: sample ODE trajectories with branches of one SDE step (rollout), score the branches (reward),
-compare each with the others from the same state (advantage), and raise the probability of the steps that led
-to the better ones (update).
+compare each branch with the others from the same state (advantage), and raise the probability of the steps
+that led to the better branches (update).
 
-A transition is one random step of the sampler. Notation: common.py. Sources in brackets, settings, metrics:
-README.md.
+A transition is one random step of the sampler. The notation and the sources in brackets are explained in
+common.py, the settings and metrics in README.md.
 """
 
 from dataclasses import dataclass
@@ -28,31 +28,31 @@ class Args(common.Args):
 
     iterations: int = 180  # rounds of rollout and update
     prompts_per_iteration: int = 16  # P, prompts per rollout
-    # TempFlow: starts x branches in place of the group size
+    # TempFlow: starts and branches replace the group size
     seeds_per_prompt: int = 1  # S, initial noises (starts) per prompt
     branches: int = 12  # B, branches at each random step of a start
     group: Literal["seed", "prompt"] = "seed"  # compare branches of one start and step, or of the prompt
-    weighting: Literal["noise", "none"] = "noise"  # weigh the loss of each step by its noise, or not
+    weighting: Literal["noise", "none"] = "noise"  # scale the loss of each step by its noise, or not
     updates_per_iteration: int = 2  # U, optimizer steps per rollout, each on different starts
     steps: int = 10  # T, sampling steps
     sde_steps: str = "0,1,2"  # branch at: all, early (the first half), a list 0,1,2, or how many to draw
     sde: Literal["flow", "dance", "cps", "precise"] = "flow"  # how random steps add noise
-    noise_level: float = 0.7  # of --sde; default: flow 0.7, dance 0.3, cps 0.8, precise 1.5, or the model's
+    noise_level: float = 0.7  # a or eta; default: by model, or flow 0.7, dance 0.3, cps 0.8, precise 1.5
     guidance: float = 1.0  # classifier-free guidance, off at 1
     resolution: int = 512  # pixels per side
     learning_rate: float = 3e-4  # AdamW learning rate
     clip_range: float = 1e-4  # the ratio is clipped to 1 +- clip_range
     adv_clip: float = 5.0  # advantages are clipped to +- adv_clip
-    adv_std: Literal["group", "batch"] = "group"  # divide advantages by the std of this
-    kl_coef: float = 0.0  # beta, weight of the KL to the base model; 0 saves its forward passes
+    adv_std: Literal["group", "batch"] = "group"  # divide advantages by the std of each group or of the batch
+    kl_coef: float = 0.0  # beta, coefficient of the KL to the base model; 0 skips the KL
     max_grad_norm: float = 1.0  # gradients with a larger norm are scaled down to this norm
     ema_decay: float = 0.9  # decay of the moving average of the adapter's weights, off at 0
     ema_every: int = 8  # optimizer steps per step of the moving average
 
 
-# What a model wants other than the defaults above, which are those of SD3.5 Medium; as in grpo.py, with the
-# settings of [TF]. Large models branch at few early steps, as each branch costs the rest of the way. [TF] has
-# 4 starts x 6 branches.
+# The defaults above are for SD3.5 Medium; these are the differences for other models: as in grpo.py, with the
+# settings of [TF]. Large models branch at a few early steps only, because each branch must be completed. [TF]
+# uses 4 starts x 6 branches.
 DEFAULTS = {
     "tiny": dict(
         iterations=220, prompts_per_iteration=4, seeds_per_prompt=2, branches=6, micro_batch=48,
@@ -65,21 +65,21 @@ DEFAULTS = {
 }  # fmt: skip
 
 
-# TempFlow: the trunk of a start is an ODE trajectory; B branches leave it at each of the chosen steps
+# TempFlow: from each start runs an ODE trajectory, the trunk; B branches split off at each chosen step
 @torch.no_grad()
 def rollout(policy, text, prompt_index, noise, sigmas, s, sde, chosen):
-    """Sample trunks by ODE, and branches that leave them with one SDE step and are completed by ODE.
+    """Sample trunks with ODE steps, and branches that split off with one SDE step and end with ODE steps.
 
         noise -- x_0 ---- x_1 ---- x_2 ---- ...       the trunk, by ODE
                     \\ sde  \\ sde  \\
                      x_next --- --- ---> latents      B branches per state: a random step, then the ODE
 
-    text: from policy.encode; prompt_index: (N,) the row of text of each start; noise: (N, C, H, W) of the
-    trunks, then one (N, B, C, H, W) per chosen step; sigmas: (T + 1,); s: (T - 1,) noise scales; sde: as in
+    text: from policy.encode; prompt_index: (N,) which row of text each start uses; noise: the starts
+    (N, C, H, W), then (N, B, C, H, W) per chosen step; sigmas: (T + 1,); s: (T - 1,) noise scales; sde: as in
     sde_mean_std; chosen: K steps in rising order. Trunks and all branches so far go through the network
-    together, in one pass over the steps. Returns x (K, N, C, H, W), where branches leave the trunk, x_next
-    (K, N, B, C, H, W), where they are after their SDE step, its log-prob (K, N, B), and the final latents (K
-    N B, C, H, W).
+    together, in one pass over the steps. Returns x (K, N, C, H, W), the states at which branches split off,
+    x_next (K, N, B, C, H, W), the states after the SDE steps, the log-probs (K, N, B) of these steps, and the
+    final latents (K N B, C, H, W).
     """
     trunk, B, x, x_next, logp = noise[0], noise[1].shape[1], [], [], []
     branches = trunk[:0]
@@ -95,17 +95,15 @@ def rollout(policy, text, prompt_index, noise, sigmas, s, sde, chosen):
             x_next.append(mean[:, None] + std * noise[len(x)])
             logp.append(log_prob(x_next[-1], mean[:, None], std, batch_dims=2))
             branches = torch.cat([branches, x_next[-1].flatten(0, 1)])
-        trunk = (
-            ode_next[:N] if step < chosen[-1] else trunk[:0]
-        )  # after the last branches nothing needs the trunk
+        trunk = ode_next[:N] if step < chosen[-1] else trunk[:0]  # not needed after the last branches
     return torch.stack(x), torch.stack(x_next), torch.stack(logp), branches
 
 
 def gradient_scale(sigma, sigma_next, s, sde):
     """Size of d logp / d velocity at each of K steps, (K,), up to a factor that all steps share.
 
-    It is |d mean / d velocity| / std; with "flow" and "dance" sqrt(Delta) / s (1 + s^2 (1 - sigma) / (2
-    sigma)).
+    It is |d mean / d velocity| / std. For "flow" and "dance" this is the factor sqrt(Delta) / s times the
+    bracket 1 + s^2 (1 - sigma) / (2 sigma).
     """
     drift, std = sde_drift_std(sigma, sigma_next, s, sde)
     return (sigma - sigma_next + drift * (1 - sigma)) / std
@@ -114,10 +112,10 @@ def gradient_scale(sigma, sigma_next, s, sde):
 def step_weights(sigma, sigma_next, s, sde, weighting="noise"):
     """Weights of the losses of K steps, (K,), with mean 1 [TF]; sigma, sigma_next, s: (K,).
 
-    Without weights the steps of low noise dominate (gradient_scale). The weight is Delta over that scale, so
-    a step pulls by its length Delta. For "dance" this is s sqrt(Delta) / (1 + s^2 (1 - sigma) / (2 sigma)).
-    For "flow" the bracket is 1 + a^2 / 2 at every step but the first, and [TF] leaves it out: s sqrt(Delta).
-    Its code has 1 / mean as a constant, which is right for one schedule only.
+    Without weights low-noise steps dominate (gradient_scale). The weight is Delta / gradient_scale, so that
+    each step contributes in proportion to its length Delta. For "dance" this is s sqrt(Delta) / bracket. For
+    "flow" the bracket is 1 + a^2 / 2 at every step but the first, and [TF] omits it: s sqrt(Delta). [TF]'s
+    code has the normaliser 1 / mean as a constant, which is right for one schedule only.
     """
     delta = sigma - sigma_next
     weight = s * delta.sqrt() if sde == "flow" else delta / gradient_scale(sigma, sigma_next, s, sde)
@@ -128,31 +126,30 @@ def transition_logp(policy, text, prompt_index, levels, sde, x, x_next, step, st
     """Log-prob of stored transitions under the current weights.
 
     text, prompt_index, sde: as in rollout; levels: sigma, sigma_next and s, (K,) each; x (K, N, C, H, W) and
-    x_next (K, N, B, C, H, W): states before and after each transition; step, start: (M,) which, each with B
+    x_next (K, N, B, C, H, W): states before and after each transition; step, start: (M,) indices, each of B
     branches. Returns logp (M, B), and the mean (M, C, H, W) and std (M, 1, 1, 1) of the Gaussian.
     """
     sigma, sigma_next, scale = (level[step] for level in levels)
     velocity = policy.velocity(x[step, start], sigma, text, prompt_index[start])
     mean, std = sde_mean_std(x[step, start], velocity, sigma, sigma_next, scale, sde)
-    # TempFlow: branches that left the same state share its velocity: one forward and backward for all B of
-    # them
+    # TempFlow: the B branches of a state share its velocity, so all B need one forward and backward only
     return log_prob(x_next[step, start], mean[:, None], std[:, None], batch_dims=2), mean, std
 
 
 def policy_loss(log_ratio, advantage, clip_range):
-    """PPO's clipped loss, one per element, for log_ratio = logp - old_logp; to be minimised."""
+    """PPO's clipped loss of each element, to be minimised. log_ratio: logp - old_logp."""
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return torch.maximum(-advantage * ratio, -advantage * clipped)
 
 
-# TempFlow: what a step is worth
+# TempFlow: metrics of each step
 def step_metrics(chosen, rewards, gradient, weight):
-    """Credit by step.
+    """Metrics of each step.
 
     rewards: (K, N, B). reward_std_by_step: std over the branches of a state, averaged [TF] figure 2.
-    gradient, weight: (K,) size of d logp / d velocity, and the weights of the steps; logged without and with
-    them, with mean 1.
+    gradient, weight: (K,) size of d logp / d velocity, and the weights of the steps; the size is logged with
+    and without the weights, with mean 1.
     """
     spread, pull = common.gather(rewards.std(2, correction=0).T).mean(0), gradient * weight
     metrics = {"reward_std_by_step": spread, "gradient_by_step": gradient / gradient.mean()}
@@ -164,12 +161,12 @@ def update(policy, optimizer, args, transitions, old_logp, weight, advantage, st
     """One optimizer step on the random transitions of some starts.
 
     transitions: the arguments of transition_logp up to x_next; old_logp: (K, N, B) from rollout; weight: (K,)
-    of the steps; advantage: (K, N, B) and starts: (n,) their numbers, on the CPU; first: whether this is the
-    iteration's first update.
+    weights of the steps; advantage: (K, N, B) and starts: (n,) which starts, both on the CPU; first: whether
+    this is the iteration's first update.
     """
     K = len(old_logp)
-    # an advantage of 0 has no gradient: without the KL such states are left out, and the update is the same
-    live = (advantage[:, starts] != 0).any(2)  # TempFlow: left out if it is 0 for all branches of a state
+    # a state with advantage 0 adds no gradient: unless the KL is on, skipping it changes nothing
+    live = (advantage[:, starts] != 0).any(2)  # TempFlow: skipped if all branches of a state have 0
     step, place = (live | (args.kl_coef > 0)).nonzero().T
     start = starts[place]
     advantage = advantage.to(policy.device)
@@ -181,51 +178,51 @@ def update(policy, optimizer, args, transitions, old_logp, weight, advantage, st
         log_ratio = logp - old_logp[mb_step, mb_start]
         if first:
             stats.add(first_log_ratio=log_ratio, first_step=mb_step)
-        mb_advantage = advantage[mb_step, mb_start]  # TempFlow: of the step, (M, B)
+        mb_advantage = advantage[mb_step, mb_start]  # (M, B) TempFlow: of this step only
         loss = policy_loss(log_ratio, mb_advantage, args.clip_range)  # (M, B)
-        loss = loss.mean(1) * weight[mb_step]  # (M,) TempFlow: mean over the branches, weight of the step
-        if args.kl_coef > 0:  # divided by the variance of the sampler; [FG] leaves Delta out
+        loss = loss.mean(1) * weight[mb_step]  # (M,) TempFlow: mean over branches, times the step's weight
+        if args.kl_coef > 0:  # KL of the sampler's Gaussians; [FG] omits Delta from the variance
             with policy.reference():
                 _, mean_ref, _ = transition_logp(policy, *transitions, mb_step, mb_start)
             kl = ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(1)
-            loss = loss + args.kl_coef * kl
             stats.add(kl_ref=kl)
+            loss = loss + args.kl_coef * kl
         policy.backward((loss / K).sum() / len(starts))
         stats.add(loss=loss, log_ratio=log_ratio, advantage=mb_advantage)
     stats.add(grad_norm=policy.clip_gradients(args.max_grad_norm))
     optimizer.step()
     policy.update_average()
-    optimizer.zero_grad(set_to_none=False)
+    optimizer.zero_grad(set_to_none=False)  # clip_gradients needs every .grad
 
 
 def main(args):
-    # TempFlow: N trunks, one per start; B branches at each step; groups of those of a start, or of a prompt
+    # TempFlow: N starts with a trunk each; a group is the branches of a start at a step, or of a prompt
     P, S, U, B = args.prompts_per_iteration, args.seeds_per_prompt, args.updates_per_iteration, args.branches
     G = B if args.group == "seed" else S * B
     N = common.split_batch(args, S, group=G)
-    sde_steps, drawn = common.parse_sde_steps(args)
+    sde_steps, K = common.parse_sde_steps(args)  # K of them are random in an iteration
     reward, eval_reward = common.load_rewards(args, get_reward)
     policy = common.make_policy(args, trajectories=N * B)
-    # eps stays 1e-8, as in published code: SD3's gradients are of that size, which halves its updates
+    # eps is 1e-8, as in published code. SD3's gradients are of that size, which about halves the steps
     optimizer = torch.optim.AdamW(policy.parameters, args.learning_rate, weight_decay=0.0)
     sigmas = policy.sigmas(args.steps)
     s = noise_scale(sigmas, args.sde, args.noise_level)  # (T - 1,)
-    weights = torch.zeros_like(s)  # TempFlow: of every step, with mean 1 where branches may leave
+    weights = torch.zeros_like(s)  # TempFlow: of all steps, with mean 1 over those of --sde-steps
     trained = [level[sde_steps] for level in (sigmas[:-2], sigmas[1:-1], s)]
     weights[sde_steps] = step_weights(*trained, args.sde, args.weighting)
     prompt_index = torch.arange(N, device=policy.device) // S  # (N,) the prompt of each start
     common.print_plan(args, sigmas, s, sde_steps, S, weights)
 
-    stored = (1 + drawn + 3 * drawn * B) * N  # latents that a rollout keeps
-    run = common.Run(args, policy, optimizer, reward, eval_reward, stored, states=drawn * N // U)
-    if run.iteration is None:  # a new run: the base model
+    stored = (1 + K + 3 * K * B) * N  # latents that a rollout keeps: noise, x and x_next
+    run = common.Run(args, policy, optimizer, reward, eval_reward, stored, states=K * N // U)
+    if run.iteration is None:  # a new run: evaluate the base model
         metrics = {"iteration": 0} | run.evaluate(0)
         run.save(0, metrics)
         run.log(0, metrics)
     for iteration in run.remaining():
         run.phase("rollout")
         prompts, text = run.text(iteration)
-        chosen = common.iteration_steps(sde_steps, drawn, iteration, args.seed)  # K steps
+        chosen = common.iteration_steps(sde_steps, K, iteration, args.seed)  # K steps
         levels = [level[chosen] for level in (sigmas[:-2], sigmas[1:-1], s)]  # sigma, sigma_next, s: (K,)
         generator = common.generator(args.seed, "noise", iteration)
         weight = weights[chosen]  # TempFlow
@@ -234,11 +231,11 @@ def main(args):
         x, x_next, old_logp, latents = rollout(policy, text, prompt_index, noise, sigmas, s, args.sde, chosen)
 
         run.phase("reward")
-        captions = [prompts[n] for n in prompt_index.repeat_interleave(B).tolist()] * len(chosen)
+        captions = [prompts[n] for n in prompt_index.repeat_interleave(B).tolist()] * K
         rewards, parts = common.score(policy, reward, latents, captions)
         batch_std = common.gather(rewards).std(correction=0) if args.adv_std == "batch" else None
         advantage, zero_std_groups = group_advantage(rewards.view(-1, G), batch_std, args.adv_clip)
-        advantage = advantage.view(-1, N, B)  # TempFlow: (K, N, B), the credit of one step alone
+        advantage = advantage.view(-1, N, B)  # (K, N, B) TempFlow: each step has its own
 
         run.phase("train")
         stats, transitions = common.Stats(), (text, prompt_index, levels, args.sde, x, x_next)
@@ -247,7 +244,7 @@ def main(args):
             update(policy, optimizer, args, *batch, starts, stats, n == 0)
 
         metrics = {"iteration": iteration} | common.reward_metrics(rewards, parts, G, zero_std_groups)
-        metrics |= stats.metrics(args.clip_range, steps=len(chosen), transitions=len(chosen) * N)
+        metrics |= stats.metrics(args.clip_range, steps=K, transitions=K * N)
         gradient = gradient_scale(*levels, args.sde)  # TempFlow
         metrics |= step_metrics(chosen, rewards.view(-1, N, B), gradient, weight)
         if iteration % args.eval_every == 0 or iteration == args.iterations:

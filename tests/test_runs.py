@@ -1,6 +1,7 @@
 """Whole runs, through the command line or a script's main, on the bundled model."""
 
 import json
+import re
 import time
 
 import pytest
@@ -220,4 +221,8 @@ def test_help_is_quick_and_has_the_defaults_of_the_model(script):
     print(f"{time.perf_counter() - begun:.1f} s")
     text = " ".join(text.replace("│", " ").split())
     assert f"python {script}.py --prompts data.txt" in text and "AdamW learning rate (default: 0.00" in text
+    bare = re.findall(
+        r"--[a-z-]+ (?:\{None\}\|)?[A-Z]+ \(default", text
+    )  # tyro loses the comment of a split line
+    assert text.count("(default:") > 35 and not bare
     assert "optimizer steps per rollout" in text and "(default: 48)" in text  # tiny's micro-batch
