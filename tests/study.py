@@ -60,7 +60,7 @@ def plain(name):
     return name.removesuffix(f" --learning-rate {RATE.get(name.split(' ')[0])}")
 
 
-STEPS = {"grpo": "early", "gcpo": "early --chunks halves --chunk-fraction 1", "tempflow_grpo": "all"}
+STEPS = {"grpo": "early", "gcpo": "early --chunks 2,3 --chunk-fraction 1", "tempflow_grpo": "all"}
 SCRIPTS = tuple(STEPS)
 DEFAULT = {s: plain(f"{s} {TUNED[s][0]} {STEPS[s]} --learning-rate {TUNED[s][1]}") for s in STEPS}
 
@@ -161,6 +161,7 @@ def run_of(config):
 
     def agrees(option, value):
         setting = settings.get(option.replace("-", "_"))
+        setting = "2,3" if setting == "halves" else setting  # of five steps
         if isinstance(setting, bool) or not isinstance(setting, int | float):
             return setting is True if value == "" else str(setting).endswith(value)  # a path may be absolute
         return setting == float(value)

@@ -30,7 +30,7 @@ INLINE = re.findall(r"`((?:python|torchrun) [^`\n]*\.py[^`\n]*)`", PROSE)
 COMMANDS = sorted({*re.findall(r"^(?:python|torchrun) .*\.py\b.*$", SHELL, re.M), *INLINE})
 # The runs behind the table of the quick start: those of each script with its defaults.
 ENDS = {
-    "grpo": "grpo flow 0.7 early",
+    "grpo": "grpo dance 3 early",
     "gcpo": "gcpo flow 0.7 early --chunks 2,3 --chunk-fraction 1",
     "tempflow_grpo": "tempflow_grpo flow 0.7 all",
 }
