@@ -15,7 +15,7 @@ import tempflow_grpo
 from conftest import gradients, metrics, put_weights, relative_error
 
 OPTIONS = "--iterations 1 --updates-per-iteration 2 --learning-rate 3e-3 --clip-range 2e-4".split()
-CPS, PRECISE = ["--sde", "cps", "--noise-level", "0.8"], ["--sde", "precise"]
+CPS, PRECISE = "--sde cps --noise-level 0.8".split(), "--sde precise --noise-level 1.5".split()
 HALVES = ["--chunks", "1,3", "--chunk-fraction", "1"]
 EACH = {grpo: [], gcpo: HALVES, tempflow_grpo: []}
 
