@@ -283,7 +283,7 @@ def test_noise_that_flow_leaves():
             drift, std = common.sde_drift_std(sigmas[n], sigmas[n + 1], s[n] if n < count else 0 * s[n])
             noise = ((noise * (sigmas[n + 1] - drift) / sigmas[n]) ** 2 + std**2).sqrt()
         left.append(noise.item())
-    shown = re.search(r"expects there, ([\d.]+\d) .*? leaves ([\d.]+\d), .*? leaves ([\d.]+\d)", README)
+    shown = re.search(r"expects there, ([\d.]+\d) .*? leaves ([\d.]+\d): .*? leaves ([\d.]+\d)", README)
     for text, number in zip(shown.groups(), [sigmas[9].item(), *left]):
         assert round(number, len(text) - 2) == float(text)
 
