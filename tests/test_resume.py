@@ -311,7 +311,12 @@ def child(script, options):
 
 def test_a_closed_terminal_costs_the_iteration_at_hand(tmp_path):
     command = [sys.executable, str(ROOT / "grpo.py"), *map(str, options(tmp_path / "run", 500))]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # under nohup it would be ignored
+    )
     while not (tmp_path / "run" / "metrics.jsonl").exists() or len(metrics(tmp_path / "run")) < 3:
         assert process.poll() is None
         time.sleep(0.05)
