@@ -439,9 +439,11 @@ class Policy:
         self.micro_batch, evals = rows, self.velocity_evals
         index = torch.zeros(rows, dtype=torch.long, device=self.device)
         x = torch.zeros(rows, *self.shape, device=self.device)
-        self.velocity(x, 0.5, text, index).mean().backward()
-        torch._foreach_zero_([parameter.grad for parameter in self.parameters])
-        self.velocity_evals = evals
+        try:
+            self.velocity(x, 0.5, text, index).mean().backward()
+        finally:  # it may run out of memory halfway
+            torch._foreach_zero_([parameter.grad for parameter in self.parameters])
+            self.velocity_evals = evals
         return x
 
     def compile(self, text):

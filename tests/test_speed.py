@@ -92,6 +92,28 @@ def test_trying_leaves_no_trace(folder):
     assert policy.velocity_evals == 0 and not any(p.grad.any() for p in policy.parameters)
 
 
+def test_trying_leaves_no_trace_if_memory_runs_out_halfway(folder, monkeypatch):
+    policy, seen = make_policy(folder), []
+
+    def half(gradient):
+        seen.extend(p.grad.abs().max().item() for p in policy.parameters)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    text = policy.encode(["a red circle"])[0]
+    with torch.no_grad():
+        for parameter in policy.parameters:
+            parameter.add_(0.1)
+    # the last block's gradients are there when the first block's input asks for its own
+    block = policy.transformer.transformer_blocks[1]
+    block.register_forward_pre_hook(
+        lambda module, args, kwargs: kwargs["hidden_states"].register_hook(half) and None, with_kwargs=True
+    )
+    with pytest.raises(torch.OutOfMemoryError):
+        policy.training_call(2, text)
+    assert max(seen) > 0 and policy.velocity_evals == 0
+    assert not any(parameter.grad.any() for parameter in policy.parameters)
+
+
 def test_zero_means_the_models_own_on_a_cpu(tmp_path):
     assert parse("grpo", "--micro-batch", "0").micro_batch == 48
     assert parse("grpo", "--micro-batch", "5").micro_batch == 5
