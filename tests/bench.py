@@ -173,6 +173,8 @@ def count_model(model, dtype, tiny, **settings):
 
 KERNEL = 25e-6  # seconds to launch a kernel from Python: 22 to 29 measured on an H200
 COMPILED = 0.5  # part of that which --compile leaves: 0.54 in sampling, 0.47 in training, measured there
+EAGER = 0.55  # FLOPs per second without --compile: 0.52 in sampling, 0.58 in training, measured there
+LIVE = 0.66  # part of a training call's memory that --compile leaves, measured there; Python finds M without
 BUS = 3e9  # bytes per second between the memory of the CPU, not pinned, and that of the GPU
 TRIP = 10  # iterations per trip of the text encoders
 PICTURE = 0.02 / 4 / 512**2  # seconds per pixel to prepare a picture for PickScore: 0.02, in four threads
@@ -225,7 +227,7 @@ def number_of_calls(sizes, rows):
 
 
 def plan(module, args, model, memory, rate, tiny=False):
-    """{name: number} of a script on a GPU of `memory` bytes and `rate` FLOPs per second.
+    """{name: number} of a script on a GPU of `memory` bytes and `rate` FLOPs per second if compiled.
 
     A call takes the longer of its FLOPs and of launching its kernels. Names as in metrics.jsonl.
     """
@@ -241,24 +243,25 @@ def plan(module, args, model, memory, rate, tiny=False):
     stays += m.latent * does.latents + SCORE_BYTES - offload
     pictures = 2 * min(64, does.images) * 12 * args.resolution**2  # two copies of what common.score holds
 
-    def peaks(rows):
+    def peaks(rows, compiled):
         """Bytes in each phase, with so many latents per call."""
         most = {phase: stays + m.calls[call][2] / 2 * rows for phase, (call, _) in jobs.items()}
-        if args.compile:  # which samples with training's graph
-            most["rollout"] = most["train"]
+        if compiled:  # sampling has training's graph
+            most["rollout"] = most["train"] = stays + LIVE * (most["train"] - stays)
         most["rollout"] = max(most["rollout"], stays + m.encoders)
         return most | {"reward": most["reward"] + pictures + offload}
 
     most = math.ceil(max(does.train))
-    fits = [rows for rows in range(1, most + 1) if max(peaks(rows).values()) <= (1 - FREE) * memory]
+    fits = [rows for rows in range(1, most + 1) if max(peaks(rows, False).values()) <= (1 - FREE) * memory]
     largest = max(fits, default=0)
     evenly = math.ceil(most / math.ceil(most / max(largest, 1)))  # no call is nearly empty
     M = min(args.micro_batch or evenly, does.trajectories)
 
     def seconds(call, sizes):
         flops, kernels, _ = m.calls[call]
-        launch = KERNEL * kernels * (COMPILED if args.compile and call != "decode" else 1)
-        return number_of_calls(sizes, M) * max(flops / 2 * M / rate, launch)
+        compiled = args.compile and call != "decode"
+        launch, speed = KERNEL * kernels * (COMPILED if compiled else 1), rate * (1 if compiled else EAGER)
+        return number_of_calls(sizes, M) * max(flops / 2 * M / speed, launch)
 
     # two FLOPs per token and weight, which has two bytes
     reading = m.encoders * m.tokens * (args.prompts_per_iteration + 1)
@@ -278,7 +281,7 @@ def plan(module, args, model, memory, rate, tiny=False):
         "seconds without eval": total,
         "iterations": args.iterations,
         "hours": (args.iterations * total + evaluations * times["eval"]) / 3600,
-        **{f"peak_memory_gb/{phase}": value / 1e9 for phase, value in peaks(M).items()},
+        **{f"peak_memory_gb/{phase}": value / 1e9 for phase, value in peaks(M, args.compile).items()},
         "micro-batch": M,
         "largest micro-batch": largest,
     }
@@ -299,7 +302,7 @@ def bench_plan(args, options):
         for script in args.scripts:
             own = script_args(SCRIPTS[script], args.model, folder, options)
             own.micro_batch *= any(word.startswith("--micro-batch") for word in options)  # 0: what fits
-            columns[script] = plan(SCRIPTS[script], own, args.model, args.memory * 1e9, args.tflops * 1e12)
+            columns[script] = plan(SCRIPTS[script], own, args.model, args.memory * 2**30, args.tflops * 1e12)
     print_table(f"{args.model} on {args.memory:g} GB at {args.tflops:g} TFLOP/s, counted", columns)
 
 
@@ -334,7 +337,7 @@ def run_iteration(module, args, options):
             module.main(own)
         *_, before, last = map(json.loads, Path(folder, "run", "metrics.jsonl").read_text().splitlines())
         last |= {name: last[name] - before[name] for name in ("images", "velocity_evals")}
-        return last, plan(module, own, args.model, args.memory * 1e9, args.tflops * 1e12, args.tiny)
+        return last, plan(module, own, args.model, args.memory * 2**30, args.tflops * 1e12, args.tiny)
 
 
 def bench_iteration(args, options):
@@ -362,55 +365,33 @@ def bench_iteration(args, options):
         torch.compiler.reset()
 
 
-def transformer_seconds(module, line):
-    """Seconds that the transformer alone takes for the calls of an iteration on the tiny model."""
-    args = common.parse_args(module.__name__, module.Args, module.DEFAULTS, line)
-    does, policy = work(module, args), common.make_policy(args, args.micro_batch)
-    (text,) = policy.encode(["a red circle"] * (args.micro_batch - 1))
-    policy.velocity = lambda x, sigma, text, _: policy.family.predict(x, sigma, text, 1.0)
-    seconds = {name: median_seconds(call) for name, call in calls(policy, text).items()}
-    jobs = ("rollout", does.forward), ("train", does.train)
-    return sum(number_of_calls(sizes, args.micro_batch) * seconds[call] for call, sizes in jobs)
-
-
 def bench_side_by_side(args, options):
-    """Rollout and training on the tiny model: a commit, these files, and the transformer alone."""
-    torch.set_num_threads(2)
-    os.environ["OMP_NUM_THREADS"] = "2"
+    """Rollout and training on the tiny model in two threads: these files against those of a commit."""
     with tempfile.TemporaryDirectory() as folder:
         command = f"mkdir {folder}/before; git archive {args.before} | tar -x -C {folder}/before"
         subprocess.run(command, shell=True, cwd=ROOT, check=True)
         # no two images have the same reward, so no advantage is 0 and both do the same calls
-        Path(folder, "reward.py").write_text(
-            "def mean(images, prompts):\n    return images.mean((1, 2, 3))\n"
-        )
+        code = "def mean(images, prompts):\n    return images.mean((1, 2, 3))\n"
+        Path(folder, "reward.py").write_text(code)
         quick = f"--reward {folder}/reward.py:mean --device cpu --iterations 3 --eval-every 99 --eval-seeds 1"
 
-        def of_script(root, script, line):
+        def seconds(root, script, line):
             output = tempfile.mkdtemp(dir=folder)
-            command = [
-                sys.executable,
-                f"{script}.py",
-                *quick.split(),
-                "--eval-steps",
-                "1",
-                "--output",
-                output,
-                *line,
-            ]
-            subprocess.run(command, cwd=root, check=True, stdout=subprocess.DEVNULL)
+            command = f"{sys.executable} {script}.py {quick} --eval-steps 1 --output {output} {line}"
+            env = os.environ | {"OMP_NUM_THREADS": "2"}
+            subprocess.run(command.split(), cwd=root, env=env, check=True, stdout=subprocess.DEVNULL)
             lines = [json.loads(line) for line in Path(output, "metrics.jsonl").read_text().splitlines()]
             return min(line["rollout_s"] + line["train_s"] for line in lines[1:])
 
-        for script, size in ((script, size) for size in ("48", "4") for script in args.scripts):
-            line, to_before, to_own = ["--micro-batch", size, *options], [], []
-            for _ in range(args.pairs):
-                after = of_script(ROOT, script, line)
-                to_before.append(after / of_script(f"{folder}/before", script, line))
-                to_own.append(after / transformer_seconds(SCRIPTS[script], line))
-            print(f"{script} --micro-batch {size}: after / before {median(to_before):.2f}", end=" ")
-            print(f"({min(to_before):.2f} to {max(to_before):.2f}),", end=" ")
-            print(f"after / transformer alone {median(to_own):.2f}", flush=True)
+        for size, script in ((size, script) for size in ("48", "4") for script in args.scripts):
+            line = f"--micro-batch {size} {' '.join(options)}"
+            pairs = [
+                (seconds(ROOT, script, line), seconds(f"{folder}/before", script, line))
+                for _ in range(args.pairs)
+            ]
+            ratios = [after / before for after, before in pairs]
+            print(f"{script} --micro-batch {size}: after / before {median(ratios):.2f}", end=" ")
+            print(f"({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
 
 
 def main():
@@ -420,8 +401,8 @@ def main():
     commands = {"plan": bench_plan, "iteration": bench_iteration, "side-by-side": bench_side_by_side}
     parser.add_argument("command", choices=list(commands))
     parser.add_argument("--model", choices=list(small_pipelines.MAKERS), default="sd3")
-    parser.add_argument("--memory", type=float, default=24, help="GB of the card")
-    parser.add_argument("--tflops", type=float, default=190, help="what the card does in practice")
+    parser.add_argument("--memory", type=float, default=24, help="GB of the card, as it is sold")
+    parser.add_argument("--tflops", type=float, default=350, help="TFLOP/s of a compiled network in practice")
     parser.add_argument("--scripts", nargs="+", choices=list(SCRIPTS), default=list(SCRIPTS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="iteration: a toy, to try it on a CPU")

@@ -177,7 +177,7 @@ def run_of(config):
     return max(found)[1]
 
 
-def add(folder, curves=CURVES, commit=None):
+def add(folder, curves=CURVES, commit=None, machine=None):
     """Keep what is to be committed of a finished run: its evaluated iterations, and a line in runs.json.
 
     Numbers have five digits. Left out are seconds of phases, parts of rewards that say the same and, but for
@@ -205,8 +205,9 @@ def add(folder, curves=CURVES, commit=None):
     cpus = re.findall("model name.*: (.*)", cpu.read_text() if cpu.exists() else "") or [platform.machine()]
     curves.mkdir(parents=True, exist_ok=True)
     (curves / f"{key_of(name, seed)}.jsonl").write_text(kept, "utf-8")
+    machine = machine or f"{settings['device']}, {cpus[0]}, one thread"
     exact = re.sub(r"--iterations \d+", f"--iterations {settings['iterations']}", command(name, seed))
-    made = {"command": exact, "commit": commit, "machine": f"{settings['device']}, {cpus[0]}, one thread"}
+    made = {"command": exact, "commit": commit, "machine": machine}
     made |= {"versions": config["versions"], "seconds": round(seconds)}
     runs = read_runs(curves) | {key_of(name, seed): made}
     text = ",\n".join(f"{json.dumps(key)}: {json.dumps(runs[key])}" for key in sorted(runs))
@@ -537,12 +538,13 @@ def main():
     options = commands.add_parser("add", help="keep finished run folders")
     options.add_argument("folders", nargs="+", type=Path)
     options.add_argument("--commit", help="of the code that made them, if config.json does not know it")
+    options.add_argument("--machine", help="that made them, if not this one")
     commands.add_parser("page", help="write page and figures")
     args = parser.parse_args()
     if args.what == "page":
         page()
     elif args.what == "add":
-        print(*(add(folder, commit=args.commit) for folder in args.folders), sep="\n")
+        print(*(add(folder, CURVES, args.commit, args.machine) for folder in args.folders), sep="\n")
     else:
         have, wanted = load(), [job for job in jobs() if any(part in key_of(*job) for part in args.only)]
         make_all([job for job in wanted if job not in have], args.jobs)
