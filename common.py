@@ -435,7 +435,7 @@ class Policy:
             self.transformer.enable_gradient_checkpointing()
 
     def training_call(self, rows, text):
-        """One forward and backward pass of `rows` latents; gradients and counters are left as they were."""
+        """A forward and backward pass of `rows` latents, the new micro_batch; zeroes the gradients after."""
         self.micro_batch, evals = rows, self.velocity_evals
         index = torch.zeros(rows, dtype=torch.long, device=self.device)
         x = torch.zeros(rows, *self.shape, device=self.device)
@@ -664,7 +664,7 @@ def join_processes(device):
     options, local, gpus = {}, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if device.startswith("cuda") and "LOCAL_RANK" in os.environ:
         fits = device == "cuda" and local <= gpus
-        require(fits, f"{local} processes need as many GPUs, and --device cuda; there are {gpus}")
+        require(fits, f"{local} processes need {local} GPUs and --device cuda; there are {gpus}")
         options["backend"] = "cuda:nccl,cpu:gloo"
     if not PartialState(cpu=not device.startswith("cuda"), **options).is_main_process:
         sys.stdout = open(os.devnull, "w")
@@ -902,7 +902,7 @@ class Run:
             require(False, f"{path} or metrics.jsonl cannot be read: {one_line(error)}; start a new run")
         require(complete, f"{file} has fewer lines than {self.iteration + 1}; start a new run")
         done, asked = self.iteration, self.args.iterations
-        require(asked >= done, f"{done} iterations are done, so --iterations {asked} cannot be")
+        require(asked >= done, f"--iterations {asked} must be at least {done}, which are done")
         if self.best and self.best[2] != self.measure:
             self.best = None
             print("evaluations differ from those before: the best adapter is chosen anew")
@@ -976,7 +976,7 @@ class Args:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # frozen weights; default: bfloat16 on CUDA
     compile: bool = True  # compile the transformer's blocks; default: on for real models on CUDA
     gradient_checkpointing: bool = False  # saves memory, takes a third longer to train
-    micro_batch: int = 3  # M, latents per forward pass; 0 finds what fits on a GPU (default there)
+    micro_batch: int = 3  # M, latents per forward pass; 0 finds what fits (default of real models on CUDA)
     lora_rank: int = 32  # LoRA rank
     lora_alpha: float = 64.0  # LoRA alpha; the adapter is scaled by alpha / rank
     eval_prompts: str | None = None  # file; default: --prompts if given, else tiny's held-out prompts
@@ -1086,7 +1086,7 @@ def resumed_settings(script, args_class, folder):
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         require(False, f"--resume {folder} is not a run folder: {one_line(error)}")
     require(owner == script, f"--resume {folder} is a run of {owner}.py; start a new run")
-    require(not differ, f"--resume {folder} has other settings: {', '.join(differ)}; start a new run")
+    require(not differ, f"--resume {folder} is of another version, with other settings: {', '.join(differ)}")
     return settings | {"resume": str(folder), "output": str(folder)}
 
 

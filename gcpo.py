@@ -42,7 +42,7 @@ class Args(common.Args):
     chunk_max: int = 4  # adaptive chunks with more steps are cut again
     chunk_fraction: float = 0.5  # share of the chunks of a trajectory that are trained
     weighted_sampling: bool = False  # draw chunks in proportion to their mean L1rel, not uniformly
-    eval_hybrid: float = 1.0  # the adapter is on for this first share of evaluation steps; [GC]: 0.6
+    eval_hybrid: float = 1.0  # share of evaluation steps, from the first, with the adapter on; [GC]: 0.6
     learning_rate: float = 3e-4  # AdamW learning rate
     clip_range: float = 1e-4  # the ratio is clipped to 1 +- clip_range
     adv_clip: float = 5.0  # advantages are clipped to +- adv_clip
@@ -252,7 +252,7 @@ def main(args):
     sizes = parse_chunks(args, sde_steps, K)  # GCPO
     reward, eval_reward = common.load_rewards(args, get_reward)
     policy = common.make_policy(args, trajectories=N)
-    # eps is 1e-8, as in published code. SD3's gradients are of that size, which about halves the steps
+    # eps is 1e-8, as in published code. SD3's gradients are of that size, so it about halves their updates
     optimizer = torch.optim.AdamW(policy.parameters, args.learning_rate, weight_decay=0.0)
     sigmas = policy.sigmas(args.steps)
     s = noise_scale(sigmas, args.sde, args.noise_level)  # (T - 1,)

@@ -151,7 +151,7 @@ def main(args):
     sde_steps, K = common.parse_sde_steps(args)  # K of them are random in an iteration
     reward, eval_reward = common.load_rewards(args, get_reward)
     policy = common.make_policy(args, trajectories=N)
-    # eps is 1e-8, as in published code. SD3's gradients are of that size, which about halves the steps
+    # eps is 1e-8, as in published code. SD3's gradients are of that size, so it about halves their updates
     optimizer = torch.optim.AdamW(policy.parameters, args.learning_rate, weight_decay=0.0)
     sigmas = policy.sigmas(args.steps)
     s = noise_scale(sigmas, args.sde, args.noise_level)  # (T - 1,)

@@ -357,7 +357,7 @@ def relations(a, b, margin=0.1):
 
 
 def judge(wants, objects):
-    """GenEval's verdict on objects (keep_objects), 1.0 or 0.0. The `count` of highest score must be right."""
+    """GenEval's verdict on objects (keep_objects), 1.0 or 0.0, by the `count` objects of highest score."""
     for want in wants:
         things, firsts = objects.get(want.name, []), objects.get(wants[0].name, [])[: wants[0].count]
         right = len(things) == want.count if want.exact else len(things) >= want.count
@@ -614,7 +614,7 @@ def find_function(name, device):
         file, _, attribute = function.rpartition(":")
         file = Path(file).expanduser().resolve()
         if file.suffix != ".py" or not file.is_file():
-            raise SystemExit(f"error: {name!r} is no reward and no FILE.py:FUNCTION that exists; {GRAMMAR}")
+            raise SystemExit(f"error: {name!r} is no known reward and in no file that exists; {GRAMMAR}")
         sys.path.insert(0, str(file.parent))  # it may import what is beside it
         try:
             function = run_file(str(file))[attribute]

@@ -31,7 +31,7 @@ class Args(common.Args):
     # TempFlow: starts and branches replace the group size
     seeds_per_prompt: int = 1  # S, initial noises (starts) per prompt
     branches: int = 12  # B, branches at each random step of a start
-    group: Literal["seed", "prompt"] = "seed"  # compare branches of one start and step, or of the prompt
+    group: Literal["seed", "prompt"] = "seed"  # compare branches of a start, or of all starts of a prompt
     weighting: Literal["noise", "none"] = "noise"  # scale the loss of each step by its noise, or not
     updates_per_iteration: int = 2  # U, optimizer steps per rollout, each on different starts
     steps: int = 10  # T, sampling steps
@@ -203,7 +203,7 @@ def main(args):
     sde_steps, K = common.parse_sde_steps(args)  # K of them are random in an iteration
     reward, eval_reward = common.load_rewards(args, get_reward)
     policy = common.make_policy(args, trajectories=N * B)
-    # eps is 1e-8, as in published code. SD3's gradients are of that size, which about halves the steps
+    # eps is 1e-8, as in published code. SD3's gradients are of that size, so it about halves their updates
     optimizer = torch.optim.AdamW(policy.parameters, args.learning_rate, weight_decay=0.0)
     sigmas = policy.sigmas(args.steps)
     s = noise_scale(sigmas, args.sde, args.noise_level)  # (T - 1,)
