@@ -308,7 +308,8 @@ def claims(runs):
         cost = f"{one:,.0f} against {other:,.0f}" if found and abs(one - other) > 0.02 * other else ""
         shown = words(found, "+"), str(len(found) or ""), verdict(row.claim, found), cost
         cells.append([row.claim, row.source, *shown])
-    return markdown(["claim", "claimed by", "effect", "seeds", "verdict", "images scored, if different"], cells)
+    header = "claim|claimed by|effect|seeds|verdict|images scored, if different"
+    return markdown(header.split("|"), cells)
 
 
 def table(runs, rows, seeds):
