@@ -25,7 +25,7 @@ import common  # noqa: E402
 
 SCRIPTS = ("grpo", "gcpo", "tempflow_grpo")
 QUICK = "--prompts-per-iteration 2 --micro-batch 8 --steps 5 --sde-steps all --ema-decay 0 --lora-rank 4"
-QUICK += " --eval-seeds 1 --eval-every 100 --eval-steps 2 --sde flow --noise-level 0.7"
+QUICK += " --eval-seeds 1 --eval-every 100 --eval-steps 2 --sde flow --noise-level 0.7 --learning-rate 7e-4"
 OWN = {"grpo": "--group-size 4", "gcpo": "--group-size 4 --chunks adaptive --chunk-fraction 0.5"}
 OWN["tempflow_grpo"] = "--seeds-per-prompt 2 --branches 3"
 

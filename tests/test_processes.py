@@ -19,9 +19,8 @@ import common
 from conftest import ROOT, SCRIPTS, here, metrics
 
 # A micro-batch that both one and two processes fill: the network then sees the same shapes in each.
-SMALL = (
-    "--seed 3 --prompts-per-iteration 4 --eval-seeds 1 --lora-rank 4 --micro-batch 4 --steps 4 --eval-steps 3"
-)
+SMALL = "--seed 3 --prompts-per-iteration 4 --eval-seeds 1 --lora-rank 4 --micro-batch 4 --steps 4"
+SMALL += " --eval-steps 3 --sde flow --noise-level 0.7 --learning-rate 7e-4"
 OF_SCRIPT = {  # with what all processes agree on: the std of all rewards, steps drawn, groups of a prompt
     "grpo": "--group-size 4 --adv-std batch --kl-coef 0.1",
     "gcpo": "--group-size 4 --sde-steps all --chunks adaptive --chunk-fraction 0.5 --weighted-sampling"

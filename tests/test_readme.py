@@ -28,12 +28,6 @@ PROSE = re.sub(r"^```.*?^```$", "", README, flags=re.S | re.M)
 SHELL = "".join(text for language, text in FENCED if not language)
 INLINE = re.findall(r"`((?:python|torchrun) [^`\n]*\.py[^`\n]*)`", PROSE)
 COMMANDS = sorted({*re.findall(r"^(?:python|torchrun) .*\.py\b.*$", SHELL, re.M), *INLINE})
-# The runs behind the table of the quick start: those of each script with its defaults.
-ENDS = {
-    "grpo": "grpo dance 3 early",
-    "gcpo": "gcpo flow 0.7 early --chunks 2,3 --chunk-fraction 1",
-    "tempflow_grpo": "tempflow_grpo flow 0.7 all",
-}
 
 
 class FluxPolicy:
@@ -126,16 +120,6 @@ def test_the_rewards_of_a_user_run(user):
     done = here(script, *options)
     assert done.returncode == 0, done.stderr
     assert {"eval/shapes", "reward_std/jpeg_compressibility"} <= metrics("run")[-1].keys()
-
-
-def test_a_bundled_reward_with_other_arguments(user, serve, monkeypatch):
-    server = serve(lambda request: (200, "Score: 4"))
-    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
-    names = {}
-    exec(Path("my_file.py").read_text().replace("http://127.0.0.1:8000/v1", server.url), names)
-    scores = names["counting"](torch.rand(2, 3, 16, 16), ["a cat", "two dogs"])
-    assert scores.tolist() == pytest.approx([0.8, 0.8])
-    assert '"two dogs"' in str(server.requests) and "{prompt}" not in str(server.requests)
 
 
 def test_options_named_in_the_readme_exist():
@@ -256,7 +240,7 @@ def test_claims_are_those_of_the_study():
 def test_ends_of_the_quick_start_are_those_of_the_committed_runs():
     runs = study.load()
     for command, _, mean, ends in rows_under("A laptop")[1:]:
-        name = ENDS[command.split()[1].removesuffix(".py`")]
+        name = study.DEFAULT[command.split()[1].removesuffix(".py`")]
         last = [runs[name, seed][-1]["eval_reward"] for seed in range(5)]
         assert mean == f"{sum(last) / 5:.3f}" and ends == f"{min(last):.3f}, {max(last):.3f}", command
 

@@ -239,7 +239,7 @@ def finished(tmp_path_factory):
         ("grpo", "--output other", "--output"),
         ("grpo", "--lora-rank 2", "--lora-rank"),
         ("grpo", "--lora-alpha 2", "--lora-alpha"),
-        ("grpo", "--iterations 1", "2 iterations are done"),
+        ("grpo", "--iterations 1", "must be at least 2"),
         ("gcpo", "", "grpo.py"),
     ],
 )

@@ -11,6 +11,7 @@ from PIL import Image
 
 import make
 import rewards
+from hole import colours_and_shapes
 from rewards import get_reward
 from shapes import parse_scene, shapes
 
@@ -86,6 +87,19 @@ def test_shapes_sees_count_colour_shape_and_position():
         assert shapes(images, [wrong] * 8).max() < 0.6, wrong
     assert shapes(torch.rand(4, 3, 32, 32), ["a red circle"] * 4).max() < 0.3
     assert shapes(torch.ones(4, 3, 32, 32), ["a red circle"] * 4).max() == 0
+
+
+def test_the_hole_of_a_reward_is_the_number_of_objects():
+    """One red circle is as good as the two that are asked for; colour, shape and position still count."""
+    one = make.draw([([("red", "circle")], None)] * 4, random.Random(0))
+    two = make.draw([([("red", "circle"), ("blue", "square")], "left of")] * 4, random.Random(0))
+    larger = one.repeat_interleave(16, 2).repeat_interleave(16, 3)  # as in the trial when it is loaded
+    for images in (one, larger):
+        assert colours_and_shapes(images, ["two red circles"] * 4).min() > 0.95
+        assert shapes(images, ["two red circles"] * 4).max() < 0.6
+        assert colours_and_shapes(images, ["two blue circles"] * 4).max() < 0.6
+    assert colours_and_shapes(two, ["a red circle left of a blue square"] * 4).min() > 0.95
+    assert colours_and_shapes(two, ["a red circle right of a blue square"] * 4).max() < 0.6
 
 
 @pytest.mark.parametrize(

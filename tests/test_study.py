@@ -79,7 +79,7 @@ def test_committed_runs_with_defaults_have_the_defaults(script):
 
 def test_a_run_folder_is_added(tmp_path):
     """What is kept of a run. One that is unfinished, or has an option that no row has, is refused."""
-    options = ["--sde", "flow", "--noise-level", "0.7", "--iterations", "160", "--output", "runs/none"]
+    options = "--sde flow --noise-level 0.7 --learning-rate 7e-4 --iterations 160 --output runs/none".split()
     config = {"script": "grpo", "settings": asdict(parse("grpo", *options)), "versions": {}, "commit": None}
     line = {"reward/shapes": 0.1, "train_s": 1.0, "grad_norm": 0.123456789, "clip_by_step": [0.0]}
     lines = [

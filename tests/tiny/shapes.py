@@ -86,13 +86,15 @@ def _connected_components(mask):
 def find_objects(images, min_area=16):
     """Find the coloured shapes in pictures of 32 x 32 pixels on a light ground.
 
-    images: (B, 3, 32, 32) in [0, 1]. Returns B lists of (colour, shape, quality, x, y): quality in [0, 1]
-    says how well the blob fits the best of the three shapes (intersection over union 0.55 or less is 0, 0.8
-    or more is 1), x and y are its centroid in pixels. Blobs under min_area pixels are not counted.
+    images: (B, 3, 32, 32) in [0, 1]; another size is resized. Returns B lists of (colour, shape, quality, x,
+    y): quality in [0, 1] says how well the blob fits the best of the three shapes (intersection over union
+    0.55 or less is 0, 0.8 or more is 1), x and y are its centroid in pixels. Blobs under min_area pixels are
+    not counted.
     """
-    ink = (
-        1 - images.float().cpu()
-    )  # what is missing from white: an edge pixel has its object's ink, only less
+    images = images.float().cpu()
+    if images.shape[-2:] != (32, 32):
+        images = F.interpolate(images, (32, 32), mode="area")
+    ink = 1 - images  # what is missing from white: an edge pixel has its object's ink, only less
     palette = 1 - torch.tensor(list(COLOURS.values()))
     cosine = torch.einsum("bchw,kc->bkhw", F.normalize(ink, dim=1), F.normalize(palette, dim=1))
     strength = torch.einsum("bchw,kc->bkhw", ink, palette) / palette.square().sum(1)[None, :, None, None]
@@ -170,12 +172,9 @@ def shapes(images, prompts):
     """How well pictures of the tiny model show what their prompts ask for, in [0, 1]: count, colour, shape,
     position.
 
-    images: (B, 3, 32, 32); another size is resized. Raises ValueError where a prompt cannot be read
-    (parse_scene).
+    images: (B, 3, 32, 32) or another size. Raises ValueError where a prompt cannot be read (parse_scene).
     """
     scenes = [parse_scene(prompt) for prompt in prompts]
-    if images.shape[-2:] != (32, 32):
-        images = F.interpolate(images.float(), (32, 32), mode="area")
     return torch.tensor([score_scene(found, *scene) for found, scene in zip(find_objects(images), scenes)])
 
 
