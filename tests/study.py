@@ -29,7 +29,7 @@ from matplotlib.patches import FancyBboxPatch
 ROOT = Path(__file__).resolve().parents[1]
 CURVES = ROOT / "tests" / "curves"
 BUDGET = 360_000  # velocity evaluations at which runs are compared
-FIXED = "flow 0.7 all --chunks 2,3,4 --chunk-fraction 1"
+ADAPTIVE = "flow 0.7 all --chunks adaptive --chunk-max 4 --chunk-fraction 1"
 QUIET = 12  # a seed that nothing was tuned on; its runs are timed, with the machine to themselves
 
 # What tuning on seeds 10 and 11 found. Set it before the other runs are made.
@@ -367,7 +367,7 @@ def draw_curves(axes, runs):
         points = [(line["seconds"], line["eval_reward"]) for line in lines]
         axes[-1].plot(*zip(*points), label=f"{script}.py") if points and len(axes) > 2 else None
     mean_curve(axes[0], runs, "grpo flow 0.7 early", "grpo.py, flow 0.7", color="0.6")
-    for name in ("grpo flow 0.7 all", f"gcpo {FIXED}", "tempflow_grpo flow 0.7 all"):
+    for name in ("grpo flow 0.7 all", f"gcpo {ADAPTIVE}", "tempflow_grpo flow 0.7 all"):
         mean_curve(axes[1], runs, name, f"{name.split()[0]}.py")
     finish(axes[0], "with their defaults")
     finish(axes[1], "all steps random, flow 0.7")
