@@ -342,12 +342,15 @@ def ends(runs):
 # ---------------------------------------------------------------- the figures
 
 
-def finish(axes, title="", x="velocity evaluations in training, thousands", y="reward of held-out prompts"):
+COST, REWARD = "velocity evaluations in training, thousands", "reward of held-out prompts"
+
+
+def finish(axes, title="", x=COST, y=REWARD, **legend):
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)
     if not axes.has_data():
         return axes.text(0.5, 0.5, "not run", transform=axes.transAxes, ha="center")
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", **legend)
 
 
 def mean_curve(axes, runs, name, label, seeds=range(8), metric="eval_reward", **style):
@@ -396,7 +399,8 @@ def draw_hacking(axes, runs):
         kl, colour = f"KL {name.split()[-1]}", f"C{number}"
         mean_curve(axes[0], runs, name, f"{kl}, trained reward", color=colour, linestyle="--")
         mean_curve(axes[0], runs, name, f"{kl}, full reward", metric="eval/shapes", color=colour)
-    finish(axes[0])
+    axes[0].set_ylim(0, 1)
+    finish(axes[0], loc="lower center", ncols=3)
 
 
 def draw_chunks(axes, runs):
@@ -503,7 +507,7 @@ def draw_algorithms(axes, runs, steps=6):
 FIGURES = {  # width, height, columns
     "curves": (13, 4, 3, draw_curves),
     "noise": (10, 4, 2, draw_noise),
-    "hacking": (7, 4, 1, draw_hacking),
+    "hacking": (9, 4, 1, draw_hacking),
     "chunks": (6, 4, 1, draw_chunks),
     "decided": (12, 3.5, 3, draw_decided),
     "way": (10, 10, 1, draw_way),
