@@ -614,7 +614,7 @@ def find_function(name, device):
         file, _, attribute = function.rpartition(":")
         file = Path(file).expanduser().resolve()
         if file.suffix != ".py" or not file.is_file():
-            raise SystemExit(f"error: {name!r} is no known reward, and no FILE.py:FUNCTION here; {GRAMMAR}")
+            raise SystemExit(f"error: {name!r} is no reward and no FILE.py:FUNCTION that exists; {GRAMMAR}")
         sys.path.insert(0, str(file.parent))  # it may import what is beside it
         try:
             function = run_file(str(file))[attribute]
