@@ -435,7 +435,7 @@ class Policy:
             self.transformer.enable_gradient_checkpointing()
 
     def training_call(self, rows, text):
-        """A forward and backward pass of `rows` latents, the new micro_batch; zeroes the gradients after."""
+        """Set micro_batch to `rows`, do one forward and backward pass, and zero the gradients again."""
         self.micro_batch, evals = rows, self.velocity_evals
         index = torch.zeros(rows, dtype=torch.long, device=self.device)
         x = torch.zeros(rows, *self.shape, device=self.device)

@@ -56,9 +56,9 @@ class Args(common.Args):
 DEFAULTS = {
     "tiny": dict(
         iterations=200, prompts_per_iteration=4, seeds_per_prompt=2, branches=6, micro_batch=48,
-        resolution=32, sde_steps="early", sde="dance", noise_level=3.0, learning_rate=1e-3, clip_range=3e-4,
-        ema_decay=0.97, ema_every=1, lora_rank=16, lora_alpha=32.0,
-        eval_every=10, eval_steps=10, eval_seeds=4,
+        sde="dance", noise_level=3.0, learning_rate=1e-3, clip_range=3e-4, ema_decay=0.97, ema_every=1,
+        lora_rank=16, lora_alpha=32.0, eval_every=10, eval_steps=10, eval_seeds=4,
+        sde_steps="early", resolution=32,
     ),
     "sd3": dict(),
     "flux": dict(iterations=120, prompts_per_iteration=12, guidance=3.5, noise_level=0.9, save_every=5),

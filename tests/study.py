@@ -38,12 +38,11 @@ TUNED = {
     "grpo": ("dance 3", "0.0014", 150),
     "gcpo": ("dance 3", "0.0007", 180),
     "tempflow_grpo": ("dance 3", "0.001", 200),
-    # the noise level of each sampler, found with grpo.py on early steps, and the best of the four
+    # the noise level of each sampler, found with grpo.py on early steps
     "flow": "flow 1.5",
     "precise": "precise 1.5",
     "dance": "dance 3",
     "cps": "cps 0.65",
-    "best": "dance 3",
     "all": "flow 0.7",  # on all steps, where the others leave the image noisy or stop learning
 }
 RATE = dict(grpo="0.0007", gcpo="0.0007", mixgrpo="0.0007", tempflow_grpo="0.001")  # of a name without one
@@ -250,9 +249,8 @@ def make_all(todo, workers, curves=CURVES):
 T_QUANTILE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
-def value_at(name, lines, metric="eval_reward", cost=None):
+def value_at(name, lines, metric="eval_reward", cost=BUDGET):
     """A metric of a run at a cost (or an array of them), by default the budget, between evaluations."""
-    cost = BUDGET if cost is None else cost
     reached = [line["iteration"] * evals_of(name) for line in lines]
     if reached[-1] < np.max(cost):
         raise ValueError(f"a run of {name} ended at {reached[-1]} evaluations, before {np.max(cost)}")
@@ -368,14 +366,13 @@ def draw_curves(axes, runs):
         mean_curve(axes[0], runs, name, f"{script}.py")
         lines = runs.get((name, QUIET), [])
         points = [(line["seconds"], line["eval_reward"]) for line in lines]
-        axes[-1].plot(*zip(*points), label=f"{script}.py") if points and len(axes) > 2 else None
+        axes[2].plot(*zip(*points), label=f"{script}.py") if points else None
     mean_curve(axes[0], runs, "grpo flow 0.7 early", "grpo.py, flow 0.7", color="0.6")
     for name in ("grpo flow 0.7 all", f"gcpo {ADAPTIVE}", "tempflow_grpo flow 0.7 all"):
         mean_curve(axes[1], runs, name, f"{name.split()[0]}.py")
     finish(axes[0], "with their defaults")
     finish(axes[1], "all steps random, flow 0.7")
-    for more in axes[2:]:
-        finish(more, f"one run each, seed {QUIET}", "seconds of training on one CPU core")
+    finish(axes[2], f"one run each, seed {QUIET}", "seconds of training on one CPU core")
 
 
 def draw_noise(axes, runs):
