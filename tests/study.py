@@ -32,7 +32,7 @@ BUDGET = 360_000  # velocity evaluations at which runs are compared
 ADAPTIVE = "flow 0.7 all --chunks adaptive --chunk-max 4 --chunk-fraction 1"
 QUIET = 12  # a seed that nothing was tuned on; its runs are timed, with the machine to themselves
 
-# What tuning on seeds 10 and 11 found. Set it before the other runs are made.
+# What tuning found, on seeds 10 and 11 but for flow and precise. Set it before the other runs are made.
 TUNED = {
     # the scripts' defaults for the tiny model: noise, learning rate, iterations
     "grpo": ("dance 3", "0.0014", 150),
@@ -275,7 +275,7 @@ def words(numbers, sign=""):
     if not numbers:
         return ""
     mean, half = mean_interval(numbers)
-    return f"{mean:{sign}.3f}" + ("" if np.isnan(half) else f" ± {half:.3f}")
+    return f"{mean:{sign}z.3f}" + ("" if np.isnan(half) else f" ± {half:.3f}")
 
 
 def effect(runs, row, seeds):
@@ -405,41 +405,69 @@ def draw_chunks(axes, runs):
     for x, name in zip((1, 2, 3, 4.5, 9), (rows[0].other, *(row.name for row in rows))):
         if numbers := [*values(runs, name, seeds).values()]:
             mean, half = mean_interval(numbers)
-            axes[0].errorbar(x, mean, np.nan_to_num(half), fmt="o", color="C0", capsize=3, label=f"{x:g}")
+            axes[0].errorbar(
+                x, mean, np.nan_to_num(half), fmt="o", capsize=3, label=f"{x:g} ({len(numbers)} seeds)"
+            )
     finish(axes[0], "mean and 95% interval", "steps per chunk")
+
+
+def base_model():
+    """The tiny model before training: (policy, held-out prompts, their text, sigmas)."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tiny")]
+    import common
+    import grpo
+
+    args = common.parse_args("grpo", grpo.Args, grpo.DEFAULTS, ["--device", "cpu", "--output", "runs/none"])
+    policy, prompts = common.make_policy(args, 48), common.read_prompts(args.eval_prompts)
+    return policy, prompts, policy.encode(prompts)[0], policy.sigmas(args.steps)
+
+
+def chunks_of_the_base_model(each=4, noise=("flow", 0.7), chunk_max=4):
+    """Metrics of adaptive chunks on all steps, of some trajectories for each held-out prompt."""
+    policy, prompts, text, sigmas = base_model()
+    import torch
+
+    import common
+    import gcpo
+
+    generator, K = common.generator(0, "chunks", 0), len(sigmas) - 2
+    start = [policy.noise(len(prompts), each, generator) for _ in range(1 + K)]
+    s, index = common.noise_scale(sigmas, *noise), torch.arange(len(prompts) * each) // each
+    x, x_next, *_ = gcpo.rollout(policy, text, index, start, sigmas, s, noise[0], range(K))
+    l1rel = ((x_next - x).flatten(2).norm(1, 2) / x.flatten(2).norm(1, 2)).T
+    return gcpo.chunk_metrics(l1rel, [gcpo.adaptive_chunks(row, chunk_max) for row in l1rel], each)
 
 
 def draw_decided(axes, runs):
     """By step: spread of the reward over branches, size of the step and its cuts, size of the gradient."""
 
-    def curve(place, metric, label):
-        having = {job: lines for job, lines in runs.items() if job[1] == 0 and metric in lines[-1]}
-        jobs = sorted(having, key=lambda job: (len(having[job][-1][metric]), job[0] in DEFAULT.values()))
-        for job in jobs[-1:]:
-            lines = [line[metric] for line in having[job] if metric in line]
+    def curve(place, name, metric, label):
+        lines = [line[metric] for line in runs.get((name, 0), []) if metric in line]
+        if lines:
             axes[place].plot(np.mean(lines, 0), "o-", label=label)
 
-    curve(0, "reward_std_by_step", "branches of a state")
-    curve(1, "l1rel_by_step", "L1rel")
-    curve(1, "chunk_cuts", "share of trajectories cut before it")
-    curve(2, "gradient_by_step", "without weight")
-    curve(2, "gradient_by_step_weighted", "with weight")
+    flow, cps = "tempflow_grpo flow 0.7 all", f"tempflow_grpo {TUNED['cps']} all"
+    curve(0, flow, "reward_std_by_step", "branches of a state")
+    metrics = chunks_of_the_base_model()
+    axes[1].plot(metrics["l1rel_by_step"], "o-", label="L1rel")
+    axes[1].plot(metrics["chunk_cuts"], "o-", label="share of trajectories cut before it")
+    curve(2, cps, "gradient_by_step", f"{TUNED['cps']} without weight")
+    curve(2, flow, "gradient_by_step", "flow 0.7 without weight")
+    curve(2, flow, "gradient_by_step_weighted", "with weight")
+    axes[2].set_yscale("log")
     for one, title in zip(axes, ("std of the reward", "size of the step", "size of the gradient, mean 1")):
         finish(one, title, "step", "")
 
 
 def draw_way(axes, runs, shown=(0, 16, 32), leave=(-1, 1, 6), noise=("flow", 0.7)):
     """What the base model would draw if it stopped at each step of an ODE trajectory, and of two branches."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tiny")]
+    policy, captions, text, sigmas = base_model()
     import torch
 
     import common
-    import grpo
     from shapes import shapes
 
-    args = common.parse_args("grpo", grpo.Args, grpo.DEFAULTS, ["--device", "cpu", "--output", "runs/none"])
-    policy, captions = common.make_policy(args, 48), common.read_prompts(args.eval_prompts)
-    sigmas, (text,), T = policy.sigmas(args.steps), policy.encode(captions), args.steps
+    T = len(sigmas) - 1
     s, generator = common.noise_scale(sigmas, *noise), common.generator(0, "way", 0)
     start, index = policy.noise(len(captions), 1, generator), torch.arange(len(captions))
     tiles, score = np.ones((len(shown), len(leave), T, 40, 36, 3)), {}
