@@ -54,7 +54,7 @@ class Args(common.Args):
 DEFAULTS = {
     "tiny": dict(
         iterations=150, prompts_per_iteration=8, group_size=12, micro_batch=48, resolution=32,
-        sde="dance", noise_level=3.0, learning_rate=1.4e-3, clip_range=1e-3, ema_decay=0.97, ema_every=1,
+        sde="dance", noise_level=3.0, learning_rate=7e-4, clip_range=1e-3, ema_decay=0.97, ema_every=1,
         lora_rank=16, lora_alpha=32.0, eval_every=10, eval_steps=10, eval_seeds=4,
     ),
     "sd3": dict(),
