@@ -9,7 +9,7 @@ each with its group (advantage), and raise the probability of the chunks of step
 (update).
 
 A transition is one random step of the sampler. The notation and the sources in brackets are explained in
-common.py, the settings and metrics in README.md.
+common.py, the settings in Args, and the metrics in README.md.
 """
 
 from dataclasses import dataclass
@@ -175,8 +175,7 @@ def chunk_log_ratio(logp, new_logp, old_logp, chunk_average, step, image):
     Here only the log-prob of the transition itself has a gradient. The derivative of the chunk's loss with
     respect to one log-prob depends on the others only through the value of the ratio. So the sum of these
     losses over a chunk's steps has the gradient of the whole chunk, and memory does not grow with its length.
-    At ratio 1 each step of an n-step chunk has the factor 1 / (J n) if J chunks are drawn: with sizes
-    [2, 3, 4, 7] each of the first two steps counts 3.5 times as much as each of the last seven.
+    At ratio 1 each step of an n-step chunk has the factor 1 / (J n) if J chunks are drawn.
     """
     average = chunk_average[image, step]  # (M, K) 1 / size for the steps of the chunk
     log_ratio = (average * (new_logp - old_logp)[:, image].T).sum(1)

@@ -9,7 +9,7 @@ each with its group (advantage), and raise the probability of the transitions th
 (update).
 
 A transition is one random step of the sampler. The notation and the sources in brackets are explained in
-common.py, the settings and metrics in README.md.
+common.py, the settings in Args, and the metrics in README.md.
 """
 
 from dataclasses import dataclass
