@@ -449,8 +449,7 @@ class Policy:
     def compile(self, text):
         """Compile the transformer's blocks for this micro_batch; if that fails, go on without."""
         print("compiling, about a minute")
-        if not self.transformer._repeated_blocks:  # SD3's class does not name them
-            self.transformer._repeated_blocks = self.transformer._no_split_modules
+        self.transformer._repeated_blocks = self.transformer._no_split_modules  # SD3's class has none
         try:
             self.compiled = True
             self.transformer.compile_repeated_blocks(dynamic=False)
@@ -613,12 +612,13 @@ class Policy:
 
     @contextmanager
     def averaged(self):
-        """Inside, the weights are replaced by their moving average, if there is one."""
-        if self.ema:
+        """Inside, the weights are replaced by their moving average, once it has taken a step."""
+        average = self.ema and self.ema.optimization_step >= self.ema_every
+        if average:
             self.ema.store(self.parameters)
             self.ema.copy_to(self.parameters)
         yield
-        if self.ema:
+        if average:
             self.ema.restore(self.parameters)
 
     def lora(self):
@@ -773,8 +773,8 @@ class Run:
         self.reward, self.eval_reward, self.prompts = reward, eval_reward, read_prompts(args.prompts)
         self.iteration, self.images, self.best, self.lines = None, 0, None, []
         self.texts, self.measured, self.current = {}, {}, ("", 0.0)
-        names = "reward eval_prompts eval_steps eval_seeds guidance resolution"
-        self.measure = [getattr(args, name) for name in names.split()]  # what eval_reward means
+        names = "reward eval_prompts eval_steps eval_seeds eval_hybrid guidance resolution"
+        self.measure = [getattr(args, name, None) for name in names.split()]  # what eval_reward means
         self.header = "iteration    reward evaluated   clipped  gradient\n"
         policy.print_cut_prompts(self.prompts)
         if args.resume:
@@ -974,12 +974,12 @@ class Args:
     seed: int = 0  # random seed for everything
     device: str | None = None  # cuda or cpu; default: cuda if there is a GPU
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # frozen weights; default: bfloat16 on CUDA
-    compile: bool = True  # compile the transformer's blocks; default: on for real models on CUDA
+    compile: bool = False  # compile the transformer's blocks; default: on for real models on CUDA
     gradient_checkpointing: bool = False  # saves memory, takes a third longer to train
     micro_batch: int = 3  # M, latents per forward pass; 0 finds what fits (default of real models on CUDA)
     lora_rank: int = 32  # LoRA rank
     lora_alpha: float = 64.0  # LoRA alpha; the adapter is scaled by alpha / rank
-    eval_prompts: str | None = None  # file; default: --prompts if given, else tiny's held-out prompts
+    eval_prompts: str | None = None  # file, of which 64 are used; default: --prompts, or tiny's held-out ones
     eval_every: int = 30  # iterations between evaluations
     eval_steps: int = 40  # ODE steps of an evaluation
     eval_seeds: int = 1  # images per prompt in an evaluation
@@ -1012,13 +1012,10 @@ def parse_args(script, args_class, defaults, argv=None):
     model = model if model == "tiny" else absolute(model)
     require(model != "tiny" or TINY.is_dir(), f"the tiny model is not there: copy {TINY}, or give --model")
     family = "tiny" if model == "tiny" else FAMILIES[model_index(model)["_class_name"]].name
-    settings = {"dtype": "float32", "reward": "shapes"}
-    if family != "tiny":
-        settings = {"dtype": "bfloat16" if cuda else "float32", "reward": "pickscore"}
-    settings |= {"device": device, "compile": cuda and family != "tiny"} | defaults[family]
+    settings = {"device": device, "reward": "shapes" if family == "tiny" else "pickscore"} | defaults[family]
     own = args_class(**settings)
     if cuda and family != "tiny":
-        settings["micro_batch"] = 0
+        settings |= {"dtype": "bfloat16", "compile": True, "micro_batch": 0}
     settings |= stored | {"model": model}
     if given.sde and given.sde != settings.get("sde", own.sde):  # each sampler has its own noise level
         settings["noise_level"] = (
@@ -1038,7 +1035,8 @@ def parse_args(script, args_class, defaults, argv=None):
     check_numbers(args)
     read_prompts(args.prompts), read_prompts(args.eval_prompts)
     now = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-    folder = Path(args.output or f"runs/{script}-{Path(model).name}-{args.seed}-{now}").expanduser()
+    default = f"runs/{script}-{Path(model).name}-{args.seed}-{now}"
+    folder = Path(os.path.expanduser(args.output or default))
     try:
         new = not folder.exists() or not any(folder.iterdir())
         parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -1047,11 +1045,13 @@ def parse_args(script, args_class, defaults, argv=None):
         fits = False
     require(fits, f"--output {folder} already exists or cannot be written; give another, or --resume it")
     args.output = str(folder)
+    join_processes(args.device)
     try:
         torch.zeros(1, device=args.device).item()
+        if ":" in args.device:  # so that memory is measured there, too
+            torch.cuda.set_device(args.device)
     except (RuntimeError, AssertionError) as error:
         require(False, f"--device {args.device} cannot be used: {one_line(error)}; try cpu")
-    join_processes(args.device)
     if family == "tiny" and given.prompts and not given.model and not stored:
         print("No CUDA GPU here: training the tiny model, which can only draw a few coloured shapes.")
     if args.wandb and PartialState().is_main_process:
@@ -1067,8 +1067,8 @@ def require(condition, message):
 
 def absolute(path):
     """The absolute path of a file or folder that exists, so that resume works from anywhere."""
-    full = path and Path(path).expanduser()
-    return str(full.absolute()) if full and full.exists() else path
+    full = os.path.expanduser(path or "")
+    return os.path.abspath(full) if os.path.exists(full) else path
 
 
 def absolute_files(spec):
@@ -1078,7 +1078,7 @@ def absolute_files(spec):
 
 def resumed_settings(script, args_class, folder):
     """The settings of the run in a folder. SystemExit if this script cannot resume it."""
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
         owner, settings = config["script"], config["settings"]
@@ -1087,6 +1087,8 @@ def resumed_settings(script, args_class, folder):
         require(False, f"--resume {folder} is not a run folder: {one_line(error)}")
     require(owner == script, f"--resume {folder} is a run of {owner}.py; start a new run")
     require(not differ, f"--resume {folder} is of another version, with other settings: {', '.join(differ)}")
+    if settings["eval_prompts"] == settings["prompts"]:  # the default, if --prompts is given again, too
+        settings["eval_prompts"] = None
     return settings | {"resume": str(folder), "output": str(folder)}
 
 
@@ -1129,7 +1131,7 @@ def read_prompts(path):
     try:
         lines = [line.strip() for line in path.read_text("utf-8-sig").split("\n")]
         prompts = [line for line in lines if line and not line.startswith("#")]
-        if path.suffix.lower() == ".jsonl":
+        if path.suffix.lower() in (".json", ".jsonl"):
             prompts = [json.loads(line)["prompt"].strip() for line in prompts]
         valid = prompts and all(prompts) and "\0" not in "".join(prompts)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -1157,17 +1159,18 @@ def parse_sde_steps(args):
 
 
 def out_of_memory(error):
-    return (
-        isinstance(error, MemoryError) or "out of memory" in str(error) or "DefaultCPUAllocator" in str(error)
-    )
+    found = re.search("out of memory|DefaultCPUAllocator", str(error))
+    return isinstance(error, MemoryError) or bool(found)
 
 
 def load_rewards(args, get_reward):
-    """Load args.reward and args.eval_reward (or None), and check that both can read every prompt."""
+    """Load args.reward and args.eval_reward (or None), and check that they can read their prompts."""
     specs = args.reward, args.eval_reward
     rewards = [get_reward(x, args.device, args.reward_offload) if x is not None else None for x in specs]
-    for reward in filter(None, rewards):
-        reward.load([*read_prompts(args.prompts), *read_prompts(args.eval_prompts)])
+    held_out = read_prompts(args.eval_prompts)
+    for reward, prompts in zip(rewards, ([*read_prompts(args.prompts), *held_out], held_out)):
+        if reward:
+            reward.load(prompts)
     return rewards
 
 
@@ -1179,6 +1182,8 @@ def split_batch(args, each, group):
     numbers = f"{P} prompts x {each} = {P * each} trajectories into {U} updates on {processes} processes"
     hint = "change --prompts-per-iteration or --updates-per-iteration"
     require(divides, f"cannot divide {numbers} (of equally many prompts); {hint}")
+    shown = min(64, len(read_prompts(args.eval_prompts))) * args.eval_seeds
+    require(shown >= processes, f"{shown} evaluation images for {processes} processes; raise --eval-seeds")
     if group < 6:
         print(f"warning: in groups of {group} the advantage is noisy; use 8 or more if you can")
     return P * each // processes

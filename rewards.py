@@ -475,6 +475,12 @@ def ask_server(url, timeout, body=None):
         raise RuntimeError(f"{error}: {error.read().decode('utf-8', 'replace')}") from error
 
 
+@cache
+def first_model(url, timeout):
+    """The name of a server's first model, asked for once per run."""
+    return ask_server(f"{url}/models", timeout)["data"][0]["id"]
+
+
 def read_score(answer, scale=10.0):
     """The number after "score" in the last line with one, else the only number in the answer, else None."""
     answer = re.sub(rf"\s*(?:/|out of)\s*{scale:g}\b", "", answer)
@@ -492,7 +498,7 @@ def vlm(images, prompts, url, model=None, question=QUESTION, scale=10.0, timeout
     highest score; timeout: seconds for an answer. If an answer has no score, the server is asked again.
     """
     url = url.rstrip("/")
-    model = model or ask_server(f"{url}/models", timeout)["data"][0]["id"]
+    model = model or first_model(url, timeout)
 
     def ask(picture, prompt):
         picture.save(buffer := io.BytesIO(), "PNG")

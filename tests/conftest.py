@@ -204,7 +204,8 @@ def serve():
     def start(answer):
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
-                self.reply(200, json.dumps({"data": [{"id": "first-model"}, {"id": "second"}]}).encode())
+                data = json.dumps({"data": [{"id": "first-model"}, {"id": "second"}]}).encode()
+                self.reply(server.models, data)
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -236,6 +237,7 @@ def serve():
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         server.daemon_threads, server.block_on_close = True, False
         server.lock, server.requests, server.now, server.most = threading.Lock(), [], 0, 0
+        server.models = 200  # the status of the list of models
         server.url = f"http://127.0.0.1:{server.server_port}/v1"
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         servers.append(server)

@@ -17,6 +17,9 @@ SHARED = [
     ("--prompts {tmp}/utf16.txt", "cannot be read"),
     ("--prompts {tmp}/binary.txt", "NUL"),
     ("--prompts {tmp}/other.jsonl", "'prompt'"),
+    ("--prompts {tmp}/list.json", "cannot be read"),
+    ("--prompts ~good.txt", "cannot be read"),
+    (f"--prompts {'long' * 100}", "cannot be read"),
     ("--eval-prompts {tmp}/missing.txt", "cannot be read"),
     ("--model {tmp} --prompts {tmp}/good.txt", "is not a diffusers pipeline"),
     ("--model {tmp}/other --prompts {tmp}/good.txt", "StableDiffusionPipeline"),
@@ -69,6 +72,7 @@ def files(tmp_path_factory):
     (folder / "binary.txt").write_bytes(bytes(range(0, 128)) * 10)
     (folder / "dog.txt").write_text("a red circle\na red dog\n")
     (folder / "good.txt").write_text("a red circle\n")
+    (folder / "list.json").write_text('[\n"a red circle"\n]\n')
     (folder / "other.jsonl").write_text('{"text": "a red circle"}\n')
     for name, pipeline, scheduler in (
         ("other", "StableDiffusionPipeline", "FlowMatchEulerDiscreteScheduler"),

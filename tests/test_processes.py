@@ -298,10 +298,13 @@ def test_reward_that_fails_in_one_process(tmp_path):
     [
         (["--prompts-per-iteration", "6"], "cannot divide"),
         (["--device", "cuda"], "--device cuda"),
+        (["--eval-prompts", "{tmp}/one.txt", "--eval-seeds", "1"], "1 evaluation images for 2 processes"),
     ],
 )
 @pytest.mark.skipif(torch.cuda.device_count() > 1, reason="two processes have their GPUs here")
 def test_bad_input(arguments, word, tmp_path):
+    (tmp_path / "one.txt").write_text("a red circle\n")
+    arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
     run = Torchrun(tmp_path / "logs", "grpo", *arguments, "--output", tmp_path / "run")
     status, _, _, errors = run.end(within=MINUTE)
     assert status != 0 and any(word in line for lines in errors for line in lines)

@@ -274,6 +274,16 @@ def test_options_beside_resume_override_and_paths_are_absolute(finished, tmp_pat
     assert "eval_reward" in metrics(copy)[3]
 
 
+def test_a_run_moves_with_its_prompts(finished, tmp_path):
+    """To where its prompts were, nothing is left. They also are the prompts of evaluations."""
+    shutil.copytree(finished.parent, tmp_path / "there")
+    config = tmp_path / "there" / "run" / "config.json"
+    config.write_text(config.read_text().replace(str(finished.parent), "/nowhere"))
+    assert "cannot be read" in run_main("grpo", "--resume", config.parent, "--iterations", 3)
+    prompts = ["--prompts", tmp_path / "there" / "prompts.txt"]
+    assert run_main("grpo", "--resume", config.parent, "--iterations", 3, *prompts) is None
+
+
 def test_bundled_prompts_are_stored_by_name(tmp_path):
     assert run_main("grpo", *options(tmp_path / "run", 1)) is None
     settings = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]

@@ -9,8 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+import common
 import make
 import rewards
+from conftest import parse
 from hole import colours_and_shapes
 from rewards import get_reward
 from shapes import parse_scene, shapes
@@ -246,6 +248,16 @@ def test_a_reward_cannot_change_what_others_see(register):
     _, parts = get_reward("spoils,jpeg_incompressibility")(images, prompts)
     assert torch.equal(images, before) and prompts == list("abc")
     assert torch.equal(parts["jpeg_incompressibility"], rewards.jpeg_incompressibility(before, prompts))
+
+
+def test_an_eval_reward_needs_to_read_evaluation_prompts_only(tmp_path):
+    free = tmp_path / "free.txt"
+    free.write_text("my dog\n")
+    given = ["--model", "tiny", "--prompts", free, "--eval-prompts", common.TINY / "eval_prompts.txt"]
+    args = parse("grpo", *given, "--reward", "jpeg_compressibility", "--eval-reward", "shapes")
+    assert all(common.load_rewards(args, get_reward))
+    with pytest.raises(SystemExit, match="my dog"):
+        common.load_rewards(parse("grpo", *given, "--reward", "shapes"), get_reward)
 
 
 def test_loading_reads_every_prompt_and_then_scores_two_pictures(register):

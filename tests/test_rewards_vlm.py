@@ -53,6 +53,8 @@ def test_each_picture_is_asked_about_with_its_prompt(serve):
     assert parts[f"vlm:{server.url}"].tolist() == pytest.approx([0.1, 0.7, 0.3])
     assert {request["model"] for request in server.requests} == {"first-model"}
     assert {request["path"] for request in server.requests} == {"/v1/chat/completions"}
+    server.models = 503  # asked for once
+    assert vlm(grey(10), ["once"], server.url).tolist() == pytest.approx([0.1])
 
 
 def test_model_question_scale_and_key_can_be_set(serve, monkeypatch):
