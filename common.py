@@ -1127,15 +1127,16 @@ def read_prompts(path):
     Blank lines and lines that start with # are skipped. tiny:...: a file of the tiny model. A file is
     read only once, so a pipe works.
     """
-    path = TINY / path[5:] if path.startswith("tiny:") else Path(path)
+    path, where = TINY / path[5:] if path.startswith("tiny:") else Path(path), ""
     try:
         lines = [line.strip() for line in path.read_text("utf-8-sig").split("\n")]
         prompts = [line for line in lines if line and not line.startswith("#")]
         if path.suffix.lower() in (".json", ".jsonl"):
-            prompts = [json.loads(line)["prompt"].strip() for line in prompts]
+            prompts = [json.loads(where := line)["prompt"].strip() for line in prompts]
         valid = prompts and all(prompts) and "\0" not in "".join(prompts)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        require(False, f"prompts file {path} cannot be read: {one_line(error)}; give UTF-8 text or .jsonl")
+        where = f"{one_line(error)} {where[:80]}".strip()
+        require(False, f"prompts file {path} cannot be read: {where}; give UTF-8 text or .jsonl")
     require(valid, f"prompts file {path}: no prompts, an empty prompt or a NUL; write one prompt per line")
     return prompts
 

@@ -16,7 +16,7 @@ SHARED = [
     ("--prompts {tmp}/latin1.txt", "cannot be read"),
     ("--prompts {tmp}/utf16.txt", "cannot be read"),
     ("--prompts {tmp}/binary.txt", "NUL"),
-    ("--prompts {tmp}/other.jsonl", "'prompt'"),
+    ("--prompts {tmp}/other.jsonl", '\'prompt\' {"text": "a red circle"}'),
     ("--prompts {tmp}/list.json", "cannot be read"),
     ("--prompts ~good.txt", "cannot be read"),
     (f"--prompts {'long' * 100}", "cannot be read"),
@@ -73,7 +73,7 @@ def files(tmp_path_factory):
     (folder / "dog.txt").write_text("a red circle\na red dog\n")
     (folder / "good.txt").write_text("a red circle\n")
     (folder / "list.json").write_text('[\n"a red circle"\n]\n')
-    (folder / "other.jsonl").write_text('{"text": "a red circle"}\n')
+    (folder / "other.jsonl").write_text('{"prompt": "a blue circle"}\n{"text": "a red circle"}\n')
     for name, pipeline, scheduler in (
         ("other", "StableDiffusionPipeline", "FlowMatchEulerDiscreteScheduler"),
         ("unipc", "StableDiffusion3Pipeline", "UniPCMultistepScheduler"),
