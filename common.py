@@ -449,7 +449,8 @@ class Policy:
     def compile(self, text):
         """Compile the transformer's blocks for this micro_batch; if that fails, go on without."""
         print("compiling, about a minute")
-        self.transformer._repeated_blocks = self.transformer._no_split_modules  # SD3's class has none
+        if not self.transformer._repeated_blocks:  # SD3's class does not name them
+            self.transformer._repeated_blocks = self.transformer._no_split_modules
         try:
             self.compiled = True
             self.transformer.compile_repeated_blocks(dynamic=False)
@@ -773,13 +774,14 @@ class Run:
         self.reward, self.eval_reward, self.prompts = reward, eval_reward, read_prompts(args.prompts)
         self.iteration, self.images, self.best, self.lines = None, 0, None, []
         self.texts, self.measured, self.current = {}, {}, ("", 0.0)
-        names = "reward eval_prompts eval_steps eval_seeds eval_hybrid guidance resolution"
+        self.eval_prompts = read_prompts(args.eval_prompts)[:64]
+        names = "reward eval_steps eval_seeds eval_hybrid guidance resolution"
         self.measure = [getattr(args, name, None) for name in names.split()]  # what eval_reward means
+        self.measure.append(self.eval_prompts)
         self.header = "iteration    reward evaluated   clipped  gradient\n"
         policy.print_cut_prompts(self.prompts)
         if args.resume:
             self.load()
-        self.eval_prompts = read_prompts(args.eval_prompts)[:64]
         (self.eval_text,) = policy.encode(self.eval_prompts)
         text = self.text((self.iteration or 0) + 1)[1] if self.iteration != args.iterations else None
         if args.micro_batch == 0 and text:
@@ -1015,7 +1017,7 @@ def parse_args(script, args_class, defaults, argv=None):
     settings = {"device": device, "reward": "shapes" if family == "tiny" else "pickscore"} | defaults[family]
     own = args_class(**settings)
     if cuda and family != "tiny":
-        settings |= {"dtype": "bfloat16", "compile": True, "micro_batch": 0}
+        settings = {"dtype": "bfloat16", "compile": True} | settings | {"micro_batch": 0}
     settings |= stored | {"model": model}
     if given.sde and given.sde != settings.get("sde", own.sde):  # each sampler has its own noise level
         settings["noise_level"] = (
@@ -1048,7 +1050,7 @@ def parse_args(script, args_class, defaults, argv=None):
     join_processes(args.device)
     try:
         torch.zeros(1, device=args.device).item()
-        if ":" in args.device:  # so that memory is measured there, too
+        if args.device.startswith("cuda:"):  # so that memory is measured there, too
             torch.cuda.set_device(args.device)
     except (RuntimeError, AssertionError) as error:
         require(False, f"--device {args.device} cannot be used: {one_line(error)}; try cpu")
@@ -1068,12 +1070,12 @@ def require(condition, message):
 def absolute(path):
     """The absolute path of a file or folder that exists, so that resume works from anywhere."""
     full = os.path.expanduser(path or "")
-    return os.path.abspath(full) if os.path.exists(full) else path
+    return str(Path(full).absolute()) if os.path.exists(full) else path
 
 
 def absolute_files(spec):
     """A reward spec with absolute paths of its files and folders."""
-    return spec and re.sub(r"[^,:=]*[/.~][^,:=]*", lambda match: absolute(match[0]), spec)
+    return spec and re.sub(r"[^,:=]*[/.~][^,:=]*", lambda match: absolute(match[0].strip()), spec)
 
 
 def resumed_settings(script, args_class, folder):
@@ -1168,7 +1170,7 @@ def load_rewards(args, get_reward):
     """Load args.reward and args.eval_reward (or None), and check that they can read their prompts."""
     specs = args.reward, args.eval_reward
     rewards = [get_reward(x, args.device, args.reward_offload) if x is not None else None for x in specs]
-    held_out = read_prompts(args.eval_prompts)
+    held_out = read_prompts(args.eval_prompts)[:64]
     for reward, prompts in zip(rewards, ([*read_prompts(args.prompts), *held_out], held_out)):
         if reward:
             reward.load(prompts)

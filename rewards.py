@@ -618,8 +618,8 @@ def find_function(name, device):
         raise SystemExit(f"error: the reward {kind} needs the package {package}; run: pip install {install}")
     if isinstance(function, str):
         file, _, attribute = function.rpartition(":")
-        file = Path(file).expanduser().resolve()
-        if file.suffix != ".py" or not file.is_file():
+        file = Path(os.path.expanduser(file)).resolve()
+        if file.suffix != ".py" or not os.path.isfile(file):
             raise SystemExit(f"error: {name!r} is no reward and no FILE.py:FUNCTION that exists; {GRAMMAR}")
         sys.path.insert(0, str(file.parent))  # it may import what is beside it
         try:

@@ -49,6 +49,8 @@ LATER = [  # found by the script, with the model not yet loaded
     ("grpo", "--resolution 33", "--resolution"),
     ("grpo", "--resolution 64", "--resolution"),
     ("grpo", "--reward nosuch", "nosuch"),
+    ("grpo", "--reward ~nobody/r.py:f", "no FILE.py"),
+    ("grpo", f"--reward {'long' * 100}.py:f", "no FILE.py"),
     ("grpo", "--prompts {tmp}/dog.txt --model tiny", "a red dog"),
     ("gcpo", "--chunks 2,2", "add up to 5"),
     ("gcpo", "--chunks 2,3 --sde-steps all", "add up to 9"),

@@ -263,7 +263,7 @@ def test_options_beside_resume_override_and_paths_are_absolute(finished, tmp_pat
 
     monkeypatch.setattr(common.Run, "__init__", keep)
     monkeypatch.chdir(tmp_path)
-    more = "--iterations 3 --micro-batch 2 --gradient-checkpointing --eval-every 1 --device cpu"
+    more = "--iterations 3 --micro-batch 2 --gradient-checkpointing --eval-every 1 --device cpu:0"
     more += " --learning-rate 5e-5 --ema-decay 0.5"
     assert run_main("grpo", "--resume", "copy", *more.split()) is None
     (policy, optimizer) = seen[0]
@@ -274,7 +274,7 @@ def test_options_beside_resume_override_and_paths_are_absolute(finished, tmp_pat
     assert "eval_reward" in metrics(copy)[3]
 
 
-def test_a_run_moves_with_its_prompts(finished, tmp_path):
+def test_a_run_moves_with_its_prompts(finished, tmp_path, capsys):
     """To where its prompts were, nothing is left. They also are the prompts of evaluations."""
     shutil.copytree(finished.parent, tmp_path / "there")
     config = tmp_path / "there" / "run" / "config.json"
@@ -282,6 +282,7 @@ def test_a_run_moves_with_its_prompts(finished, tmp_path):
     assert "cannot be read" in run_main("grpo", "--resume", config.parent, "--iterations", 3)
     prompts = ["--prompts", tmp_path / "there" / "prompts.txt"]
     assert run_main("grpo", "--resume", config.parent, "--iterations", 3, *prompts) is None
+    assert "chosen anew" not in capsys.readouterr().out  # the evaluations are the same
 
 
 def test_bundled_prompts_are_stored_by_name(tmp_path):
