@@ -56,7 +56,7 @@ def test_the_window_is_what_is_random_and_trained(mixgrpo, record):
 def test_the_command_of_the_readme_parses(mixgrpo):
     (command,) = [command for command in COMMANDS if "mixgrpo.py" in command]
     args = parse("mixgrpo", *shlex.split(command)[2:])
-    assert (args.script, args.sde_steps, args.window_every) == ("mixgrpo", "4", 10)
+    assert (args.script, args.sde_steps, args.sde, args.noise_level) == ("mixgrpo", "4", "flow", 0.7)
 
 
 def test_a_window_that_does_not_fit_is_one_line(mixgrpo, record):
