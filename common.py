@@ -775,9 +775,8 @@ class Run:
         self.iteration, self.images, self.best, self.lines = None, 0, None, []
         self.texts, self.measured, self.current = {}, {}, ("", 0.0)
         self.eval_prompts = read_prompts(args.eval_prompts)[:64]
-        names = "reward eval_steps eval_seeds eval_hybrid guidance resolution"
-        self.measure = [getattr(args, name, None) for name in names.split()]  # what eval_reward means
-        self.measure.append(self.eval_prompts)
+        names = "reward eval_steps eval_seeds eval_hybrid guidance resolution"  # what eval_reward depends on
+        self.measure = [self.eval_prompts, *(getattr(args, name, None) for name in names.split())]
         self.header = "iteration    reward evaluated   clipped  gradient\n"
         policy.print_cut_prompts(self.prompts)
         if args.resume:
@@ -1129,7 +1128,8 @@ def read_prompts(path):
     Blank lines and lines that start with # are skipped. tiny:...: a file of the tiny model. A file is
     read only once, so a pipe works.
     """
-    path, where = TINY / path[5:] if path.startswith("tiny:") else Path(path), ""
+    path = TINY / path[5:] if path.startswith("tiny:") else Path(path)
+    where = ""
     try:
         lines = [line.strip() for line in path.read_text("utf-8-sig").split("\n")]
         prompts = [line for line in lines if line and not line.startswith("#")]
