@@ -2,9 +2,10 @@
 
     python tests/study.py run [--only KEY...]   # missing runs, the most important first; repeat it to resume
     python tests/study.py add FOLDER...         # keep what is to be committed of finished run folders
-    python tests/study.py page                  # tests/curves/README.md and the figures, from committed data
+    python tests/study.py page                  # tests/curves/README.md, the figures, README.md's claims
 
-The text of the page and the rows of its tables are in tests/curves/page.txt: run | other run | claim | by.
+The text of the page and the rows of its tables are in tests/curves/page.txt: run | other run | claim | by. A
+claim marked with * is also one of README.md's. A table may compare the runs at a lower cost.
 A run is a name, `gcpo flow 0.7 all --chunks 9` (script, sampler, noise, random steps, options), and a seed.
 While it runs it is in runs/study. Committed are its evaluated iterations, its command and its commit.
 """
@@ -32,13 +33,13 @@ BUDGET = 360_000  # velocity evaluations at which runs are compared
 ADAPTIVE = "flow 0.7 all --chunks adaptive --chunk-max 4 --chunk-fraction 1"
 QUIET = 12  # the seed of the runs that are timed, with the machine to themselves
 
-# What tuning found. Set it before the other runs are made.
+# Set these before the other runs are made. How they were chosen is on the page.
 TUNED = {
     # the scripts' defaults for the tiny model: noise, learning rate, iterations
     "grpo": ("dance 3", "0.0007", 150),
     "gcpo": ("dance 3", "0.0007", 180),
     "tempflow_grpo": ("dance 3", "0.001", 200),
-    # the noise level of each sampler, found with grpo.py on early steps
+    # the noise level of each sampler, for grpo.py on early steps
     "flow": "flow 1.5",
     "precise": "precise 1.5",
     "dance": "dance 3",
@@ -68,19 +69,19 @@ TWICE = f"{DEFAULT['grpo']} --learning-rate 0.0014"  # the default rate of grpo.
 
 
 def read_page():
-    """The text of page.txt with {} for each table, and the tables: (rows, seeds)."""
+    """The text of page.txt with {} for each table, and the tables: (rows, seeds, cost)."""
     places = {name: value if isinstance(value, str) else value[0] for name, value in TUNED.items()}
     places |= dict(zip("GCT", DEFAULT.values())) | {"hole": HOLE, "twice": TWICE}
     tables = []
 
     def read(match):
-        lines = match[2].format(**places).strip().splitlines()
+        lines = match[3].format(**places).strip().splitlines()
         rows = [Row(*(plain(cell.strip()) for cell in line.split("|"))) for line in lines]
-        tables.append((rows, tuple(map(int, match[1].split()))))
+        tables.append((rows, tuple(map(int, match[1].split())), int(match[2] or BUDGET)))
         return f"{{tables[{len(tables) - 1}]}}"
 
     text = (CURVES / "page.txt").read_text("utf-8")
-    return re.sub(r"(?ms)^\[rows ([\d ]+)$(.*?)^\]$", read, text), tables
+    return re.sub(r"(?ms)^\[rows ([\d ]+?)(?: at (\d+))?$(.*?)^\]$", read, text), tables
 
 
 TEXT, TABLES = read_page()
@@ -98,9 +99,10 @@ def evals_of(name):
         return 96 * (T + 3 * K + K * (float(options.get("kl-coef", 0)) > 0))
     if options["chunks"] == "adaptive":  # the mean of the runs, as their number varies
         return 3958 if options["chunk-fraction"] == "1" else 2850 if "weighted" in name else 2862
-    chunks = 2 if options["chunks"] == "halves" else options["chunks"].count(",") + 1
-    share = int(float(options["chunk-fraction"]) * chunks + 0.5) / chunks
-    return int(96 * (T + 3.5 * K * share))  # gcpo.py's second update takes one more for each step
+    sizes = [int(size) for size in options["chunks"].split(",")]
+    share = int(float(options["chunk-fraction"]) * len(sizes) + 0.5) / len(sizes)
+    # gcpo.py's second update takes one more for each step that shares a chunk
+    return int(96 * (T + share * (3 * K + 0.5 * sum(size for size in sizes if size > 1))))
 
 
 def command(name, seed):
@@ -122,7 +124,7 @@ def key_of(name, seed):
 def jobs():
     """(name, seed) of all runs: tuning, then table by table as on the page, in each seed by seed."""
     found = {}
-    for rows, seeds in [TABLES[-1], *TABLES[:-1]]:
+    for rows, seeds, _ in [TABLES[-1], *TABLES[:-1]]:
         names = dict.fromkeys(name for row in rows for name in row[:2] if name)
         found |= dict.fromkeys((name, seed) for seed in seeds for name in names)
     return [*(found | dict.fromkeys((name, QUIET) for name in DEFAULT.values()))]
@@ -258,10 +260,10 @@ def value_at(name, lines, metric="eval_reward", cost=BUDGET):
     return np.interp(cost, reached, [line.get(metric, 0) for line in lines])
 
 
-def values(runs, name, seeds, metric="eval_reward"):
-    """{seed: metric at the budget} of the runs that are there. Of a hacked reward, the full one counts."""
+def values(runs, name, seeds, cost=BUDGET, metric="eval_reward"):
+    """{seed: metric at a cost} of the runs that are there. Of a hacked reward, the full one counts."""
     metric = "eval/shapes" if HOLE in name and metric == "eval_reward" else metric
-    return {s: value_at(name, runs[name, s], metric) for s in seeds if (name, s) in runs}
+    return {s: value_at(name, runs[name, s], metric, cost) for s in seeds if (name, s) in runs}
 
 
 def mean_interval(numbers):
@@ -279,9 +281,9 @@ def words(numbers, sign=""):
     return f"{mean:{sign}z.3f}" + ("" if np.isnan(half) else f" ± {half:.3f}")
 
 
-def effect(runs, row, seeds):
+def effect(runs, row, seeds, cost=BUDGET):
     """The differences of a row over the random seeds that both runs have."""
-    one, other = (values(runs, name, seeds) for name in row[:2])
+    one, other = (values(runs, name, seeds, cost) for name in row[:2])
     return [one[seed] - other[seed] for seed in one if seed in other]
 
 
@@ -297,26 +299,28 @@ def markdown(header, cells):
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *cells])
 
 
-def claims(runs):
-    """The table of claims, for the page and the README."""
+def claims(runs, mark=""):
+    """The table of claims: all of them, or those with the mark."""
     cells = []
-    for row, seeds in [(row, seeds) for rows, seeds in TABLES for row in rows if row.claim]:
-        found = effect(runs, row, seeds)
-        images = [list(values(runs, name, seeds, "images").values()) for name in row[:2]]
+    marked = [(row, *rest) for rows, *rest in TABLES for row in rows if row.claim and mark in row.claim]
+    for row, seeds, cost in marked:
+        found = effect(runs, row, seeds, cost)
+        images = [list(values(runs, name, seeds, cost, "images").values()) for name in row[:2]]
         one, other = (np.mean(numbers or 0) for numbers in images)
-        cost = f"{one:,.0f} against {other:,.0f}" if found and abs(one - other) > 0.02 * other else ""
-        shown = words(found, "+"), str(len(found) or ""), verdict(row.claim, found), cost
-        cells.append([row.claim, row.source, *shown])
+        scored = f"{one:,.0f} against {other:,.0f}" if found and abs(one - other) > 0.02 * other else ""
+        shown = words(found, "+"), str(len(found) or ""), verdict(row.claim, found), scored
+        cells.append([row.claim.removeprefix("*"), row.source, *shown])
     header = "claim|claimed by|effect|seeds|verdict|images scored, if different"
     return markdown(header.split("|"), cells)
 
 
-def table(runs, rows, seeds):
+def table(runs, rows, seeds, cost):
     """Held-out reward of the runs of a table, and their effects."""
     others = [Row(row.other) for row in rows if row.other not in ("", *(row.name for row in rows))]
     cells = []
     for row in dict.fromkeys([*others, *rows]):
-        reward, found = list(values(runs, row.name, seeds).values()), effect(runs, row, seeds)
+        reward = list(values(runs, row.name, seeds, cost).values())
+        found = effect(runs, row, seeds, cost)
         compared = [words(found, "+"), f"`{row.other}`"] if row.other not in ("", row.name) else ["", ""]
         seeds_of = str(len(found if compared[1] else reward) or "")
         cells.append([f"`{row.name}`", words(reward), *compared, seeds_of, verdict(row.claim, found)])
@@ -369,27 +373,31 @@ def draw_curves(axes, runs):
         points = [(line["seconds"], line["eval_reward"]) for line in lines]
         axes[2].plot(*zip(*points), label=f"{script}.py") if points else None
     mean_curve(axes[0], runs, "grpo flow 0.7 early", "grpo.py, flow 0.7", color="0.6")
-    for name in ("grpo flow 0.7 all", f"gcpo {ADAPTIVE}", "tempflow_grpo flow 0.7 all"):
-        mean_curve(axes[1], runs, name, f"{name.split()[0]}.py")
-    finish(axes[0], "with their defaults")
-    finish(axes[1], "all steps random, flow 0.7")
-    finish(axes[2], f"one run each, seed {QUIET}", "seconds of training on one CPU core")
+    mean_curve(axes[1], runs, "grpo flow 0.7 all", "grpo.py")
+    mean_curve(axes[1], runs, f"gcpo {ADAPTIVE}", "gcpo.py, adaptive chunks")
+    mean_curve(axes[1], runs, "tempflow_grpo flow 0.7 all", "tempflow_grpo.py")
+    finish(axes[0], "early steps random: defaults, and flow 0.7")
+    finish(axes[1], "all steps random: flow 0.7")
+    finish(axes[2], f"defaults to their end, seed {QUIET}", "seconds of training on one CPU core")
 
 
 def draw_noise(axes, runs):
-    rows, seeds = TABLES[-1]
-    for number, sde in enumerate(("flow", "precise", "dance", "cps")):
+    rows, seeds, _ = TABLES[-1]
+    for number, (sde, one) in enumerate(zip(("flow", "precise", "dance", "cps"), axes[1:])):
         mean_curve(axes[0], runs, f"grpo {TUNED[sde]} early", TUNED[sde], range(5), color=f"C{number}")
         for steps, style in (("early", "o-"), ("all", "x--")):
             levels = sorted({row.name.split()[2] for row in rows if row.name.split()[1] == sde}, key=float)
             found = {level: values(runs, f"grpo {sde} {level} {steps}", seeds).values() for level in levels}
-            found = {float(level): np.mean(list(rewards)) for level, rewards in found.items() if rewards}
-            if found:
-                label = f"{sde}, {steps} steps"
-                axes[1].plot(found.keys(), found.values(), style, color=f"C{number}", label=label)
+            found = {level: list(rewards) for level, rewards in found.items() if rewards}
+            points = [(float(level), reward) for level, rewards in found.items() for reward in rewards]
+            if points:
+                means = [np.mean(rewards) for rewards in found.values()]
+                one.plot([*map(float, found)], means, style[1:], color=f"C{number}", label=f"{steps} steps")
+                one.plot(*zip(*points), style[0], color=f"C{number}")
+        one.set_ylim(0.35, 0.95)
+        finish(one, f"tuning {sde}: seeds 10 and 11", "a" if sde == "flow" else "eta", "")
     mean_curve(axes[0], runs, "grpo flow 0.7 early", "flow 0.7", range(5), color="0.6")
-    finish(axes[0], "GRPO on early steps, tuned noise")
-    finish(axes[1], "tuning, mean of seeds 10 and 11", "noise level")
+    finish(axes[0], "grpo.py, early steps")
 
 
 def draw_hacking(axes, runs):
@@ -402,14 +410,15 @@ def draw_hacking(axes, runs):
 
 
 def draw_chunks(axes, runs):
-    rows, seeds = TABLES[-4]
-    for x, name in zip((1, 2, 3, 4.5, 9), (rows[0].other, *(row.name for row in rows))):
-        if numbers := [*values(runs, name, seeds).values()]:
+    rows, seeds, _ = TABLES[-4]
+    axes[0].axhline(0, color="0.6")
+    for row in rows:
+        if numbers := effect(runs, row, seeds):
             mean, half = mean_interval(numbers)
-            axes[0].errorbar(
-                x, mean, np.nan_to_num(half), fmt="o", capsize=3, label=f"{x:g} ({len(numbers)} seeds)"
-            )
-    finish(axes[0], "mean and 95% interval", "steps per chunk")
+            sizes = row.name.split("--chunks ")[1].split()[0]
+            axes[0].errorbar(sizes, mean, np.nan_to_num(half), fmt="o", capsize=3, color="C0")
+    axes[0].errorbar([], [], [], fmt="o", capsize=3, color="C0", label="mean of pairs, 95% interval")
+    finish(axes[0], "gcpo.py, all steps, flow 0.7", "sizes of the chunks", "reward minus single steps")
 
 
 def base_model():
@@ -439,29 +448,35 @@ def chunks_of_the_base_model(each=4, noise=("flow", 0.7), chunk_max=4):
     return gcpo.chunk_metrics(l1rel, [gcpo.adaptive_chunks(row, chunk_max) for row in l1rel], each)
 
 
-def draw_decided(axes, runs):
+def draw_decided(axes, runs, until=50):
     """By step: spread of the reward over branches, size of the step and its cuts, size of the gradient."""
 
     def curve(place, name, metric, label):
-        lines = [line[metric] for line in runs.get((name, 0), []) if metric in line]
-        if lines:
-            axes[place].plot(np.mean(lines, 0), "o-", label=label)
+        early = [line for line in runs.get((name, 0), []) if metric in line and line["iteration"] <= until]
+        if early:
+            axes[place].plot(np.mean([line[metric] for line in early], 0), "o-", label=label)
 
     flow, cps = "tempflow_grpo flow 0.7 all", f"tempflow_grpo {TUNED['cps']} all"
-    curve(0, flow, "reward_std_by_step", "branches of a state")
+    curve(0, flow, "reward_std_by_step", f"tempflow_grpo.py, iterations 1 to {until}")
+    axes[0].set_ylim(0)
     metrics = chunks_of_the_base_model()
     axes[1].plot(metrics["l1rel_by_step"], "o-", label="L1rel")
-    axes[1].plot(metrics["chunk_cuts"], "o-", label="share of trajectories cut before it")
-    curve(2, cps, "gradient_by_step", f"{TUNED['cps']} without weight")
-    curve(2, flow, "gradient_by_step", "flow 0.7 without weight")
-    curve(2, flow, "gradient_by_step_weighted", "with weight")
+    axes[1].plot(metrics["chunk_cuts"], "o-", label="share of images cut before the step")
+    axes[1].set_ylim(0, 1.3)
+    curve(2, cps, "gradient_by_step", f"{TUNED['cps']}")
+    curve(2, flow, "gradient_by_step", "flow 0.7")
+    curve(2, flow, "gradient_by_step_weighted", "both, with the weight")
     axes[2].set_yscale("log")
-    for one, title in zip(axes, ("std of the reward", "size of the step", "size of the gradient, mean 1")):
-        finish(one, title, "step", "")
+    finish(axes[0], "does the reward depend on the step?", "step", "std of the reward over branches")
+    finish(axes[1], "how much does the step change the latent?", "step", "")
+    finish(axes[2], "how large is the gradient of log p?", "step", "size over the mean of all steps")
 
 
-def draw_way(axes, runs, shown=(0, 16, 32), leave=(-1, 1, 6), noise=("flow", 0.7)):
-    """What the base model would draw if it stopped at each step of an ODE trajectory, and of two branches."""
+def draw_way(axes, runs, leave=(-1, 1, 6), shown=3, noise=("flow", 0.7)):
+    """What the base model would draw if it stopped at each step: an ODE trajectory, and two branches of it.
+
+    Shown are the first prompts whose final reward the early branch changes by over 0.1, and the late one not.
+    """
     policy, captions, text, sigmas = base_model()
     import torch
 
@@ -471,27 +486,33 @@ def draw_way(axes, runs, shown=(0, 16, 32), leave=(-1, 1, 6), noise=("flow", 0.7
     T = len(sigmas) - 1
     s, generator = common.noise_scale(sigmas, *noise), common.generator(0, "way", 0)
     start, index = policy.noise(len(captions), 1, generator), torch.arange(len(captions))
-    tiles, score = np.ones((len(shown), len(leave), T, 40, 36, 3)), {}
+    images, score = {}, torch.zeros(len(leave), T, len(captions))
     for row, branch in enumerate(leave):
         x = start
         for step in range(T):
             with torch.no_grad():
                 velocity = policy.velocity_in_micro_batches(x, sigmas[step], text, index)
-            images = policy.decode(x - sigmas[step] * velocity)
-            score[row, step] = shapes(images, captions)
-            if step > branch:
-                tiles[:, row, step, 8:, :32] = images[list(shown)].permute(0, 2, 3, 1)
+            images[row, step] = policy.decode(x - sigmas[step] * velocity)
+            score[row, step] = shapes(images[row, step], captions)
             levels = sigmas[step], sigmas[step + 1], s[step] if step == branch else 0.0  # 0: an ODE step
             mean, std = common.sde_mean_std(x, velocity, *levels, noise[0])
             x = mean + std * torch.randn(x.shape, generator=generator)
-    axes[0].imshow(tiles.transpose(0, 1, 3, 2, 4, 5).reshape(-1, 36 * T, 3))
-    for n, row, step in np.ndindex(len(shown), len(leave), T):
+    early, late = (score[1:, -1] - score[0, -1]).abs() > 0.1
+    chosen = (early & ~late).nonzero().flatten()[:shown].tolist()
+    tiles = np.ones((len(chosen), len(leave), 40, T, 36, 3))
+    for n, row, step in np.ndindex(len(chosen), len(leave), T):
         if step > leave[row]:
-            place = 36 * step + 16, 40 * (len(leave) * n + row) + 6
-            axes[0].text(*place, f"{score[row, step][shown[n]]:.2f}", fontsize=7, ha="center")
-    better = torch.stack([score[0, step] for step in range(T - 1)]).amax(0) > score[0, T - 1] + 0.05
-    share = f"an earlier prediction is better by over 0.05: {better.sum()} of {len(captions)} prompts"
-    axes[0].set(title="; ".join(captions[n] for n in shown) + f"\n{share}", xticks=[], yticks=[])
+            tiles[n, row, :32, step, :32] = images[row, step][chosen[n]].permute(1, 2, 0)
+            place = 36 * step + 16, 40 * (len(leave) * n + row) + 36
+            axes[0].text(*place, f"{score[row, step, chosen[n]]:.2f}", fontsize=7, ha="center", va="center")
+    axes[0].imshow(tiles.reshape(-1, 36 * T, 3))
+    kinds = ["", *(f"branch at step {step}" for step in leave[1:])]
+    labels = [kind or f"{captions[n]}\nODE trajectory" for n in chosen for kind in kinds]
+    axes[0].set_yticks(40 * np.arange(len(labels)) + 16, labels, fontsize=8)
+    axes[0].set_xticks(36 * np.arange(T) + 16, range(T))
+    better = score[0, :-1].amax(0) > score[0, -1] + 0.05
+    share = f"the best of the first {T - 1} is better than the last by over 0.05: {better.sum()}"
+    axes[0].set(title=f"{share} of {len(captions)} prompts", xlabel="step at which the image is predicted")
 
 
 def draw_algorithms(axes, runs, steps=6):
@@ -532,11 +553,11 @@ def draw_algorithms(axes, runs, steps=6):
 
 FIGURES = {  # width, height, columns
     "curves": (13, 4, 3, draw_curves),
-    "noise": (10, 4, 2, draw_noise),
+    "noise": (18, 3.8, 5, draw_noise),
     "hacking": (9, 4, 1, draw_hacking),
     "chunks": (6, 4, 1, draw_chunks),
     "decided": (12, 3.5, 3, draw_decided),
-    "way": (10, 10, 1, draw_way),
+    "way": (10, 8.6, 1, draw_way),
     "algorithms": (12, 3.2, 3, draw_algorithms),
 }
 
@@ -551,6 +572,11 @@ def page(folder=CURVES, figures=FIGURES):
     values |= {"budget": BUDGET, "claims": claims(runs), "ends": ends(runs)}
     values |= {"tables": [table(runs, *which) for which in TABLES]}
     (folder / "README.md").write_text(TEXT.format(**values), "utf-8")
+    if folder == CURVES:
+        readme, (start, end) = ROOT / "README.md", ("|claim|claimed by|", "\n\n")
+        before, after = readme.read_text("utf-8").split(start)
+        rows = re.sub(r" *\| *", "|", claims(runs, "*"))
+        readme.write_text(before + rows + end + after.split(end, 1)[1], "utf-8")
     for name in figures:
         *size, columns, draw = FIGURES[name]
         figure = Figure(figsize=size, layout="constrained")
