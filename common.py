@@ -216,7 +216,6 @@ class SD3:
     targets = r".*\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
     max_sequence_length = 256  # T5 tokens, as in the pipeline; [FG] uses 128
     two_pass_guidance = True  # False: guidance is an input of the transformer, or absent
-    max_shift = 1.16  # the pipeline's default
     even_sigmas = False  # whether the pipeline shifts evenly spaced noise levels
 
     def __init__(self, pipe):
@@ -241,18 +240,16 @@ class SD3:
         """How far the schedule is shifted towards noise, by the number of image tokens."""
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-        get = self.pipe.scheduler.config.get
-        lengths = get("base_image_seq_len", 256), get("max_image_seq_len", 4096)
-        return calculate_shift(tokens, *lengths, get("base_shift", 0.5), get("max_shift", self.max_shift))
+        config = self.pipe.scheduler.config
+        lengths = config.base_image_seq_len, config.max_image_seq_len
+        return calculate_shift(tokens, *lengths, config.base_shift, config.max_shift)
 
     def sigmas(self, steps, resolution):
         """(steps + 1,) noise levels of the pipeline's scheduler, from 1 to 0."""
-        scheduler, get = self.pipe.scheduler, self.pipe.scheduler.config.get
-        mu = self.shift((resolution // (2 * self.pipe.vae_scale_factor)) ** 2, steps)
-        even = None
-        if self.even_sigmas and not get("use_flow_sigmas"):
-            even = [1 - n / steps for n in range(steps)]
-        scheduler.set_timesteps(steps, sigmas=even, mu=mu if get("use_dynamic_shifting") else None)
+        scheduler, tokens = self.pipe.scheduler, (resolution // (2 * self.pipe.vae_scale_factor)) ** 2
+        even = [1 - n / steps for n in range(steps)] if self.even_sigmas else None
+        mu = self.shift(tokens, steps) if scheduler.config.use_dynamic_shifting else None
+        scheduler.set_timesteps(steps, sigmas=even, mu=mu)
         return scheduler.sigmas
 
     def predict(self, x, sigma, text, guidance):
@@ -274,7 +271,7 @@ class Flux(SD3):
     # [FG]: also the feed-forward layers of both streams
     targets = SD3.targets + r"|.*\.ff(_context)?\.net\.(0\.proj|2)"
     max_sequence_length, two_pass_guidance = 512, False
-    max_shift, even_sigmas = 1.15, True
+    even_sigmas = True
     patch = 2
 
     def encode(self, prompts):
@@ -477,7 +474,8 @@ class Policy:
                 self.decode(x)
                 return training, torch.cuda.max_memory_allocated()
             except RuntimeError as error:
-                require(out_of_memory(error), one_line(error))
+                if not out_of_memory(error):
+                    raise
                 torch.cuda.empty_cache()
 
         one = peaks(1)
@@ -949,15 +947,11 @@ class Run:
 
 def run_config(args):
     """The content of config.json: script, all settings as used, versions, commit, command."""
-    try:
-        git = ["git", "-C", str(TINY.parents[1]), "rev-parse", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    except OSError:  # git is not installed
-        commit = None
+    failed, commit = subprocess.getstatusoutput(f'git -C "{TINY.parents[1]}" rev-parse HEAD')
     versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
     config = {"script": args.script, "settings": asdict(args) | {"resume": None}, "versions": versions}
-    wandb_id = sys.modules["wandb"].run.id if args.wandb else None
-    return config | {"commit": commit, "command": " ".join(sys.argv), "wandb_id": wandb_id}
+    config |= {"commit": None if failed else commit, "command": " ".join(sys.argv)}
+    return config | {"wandb_id": sys.modules["wandb"].run.id if args.wandb else None}
 
 
 # ---------------------------------------------------------------- the command line
@@ -1218,5 +1212,5 @@ def run_script(script, main, args_class, defaults):
             raise SystemExit(f"error: out of memory; {advice}{hint}")
         raise
     finally:
-        if PartialState().num_processes > 1:
-            PartialState().destroy_process_group()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

@@ -182,19 +182,16 @@ def chunk_log_ratio(logp, new_logp, old_logp, chunk_average, step, image):
     return log_ratio + chunk_average[image, step, step] * (logp - logp.detach())  # adds 0, with the gradient
 
 
-def chunk_metrics(l1rel, chunks, group_size):
-    """Metrics of the chunks. l1rel: (N, K), chunks: N lists of sizes.
+def chunk_metrics(l1rel, chunks):
+    """By step: the mean of L1rel, and the share of images that are cut before it.
 
-    chunk_cuts: share of trajectories with a cut before each step. l1rel_prompt_share: share of the variance
-    of L1rel between prompts; about 1 / group_size if L1rel does not depend on the prompt.
+    l1rel: (N, K), chunks: N lists of sizes.
     """
     cut = torch.zeros_like(l1rel)
     for row, sizes in zip(cut, chunks):
         row[torch.tensor(sizes).cumsum(0)[:-1]] = 1
-    l1rel, cut = (common.gather(rows.unflatten(0, (-1, group_size))) for rows in (l1rel, cut))  # (P, G, K)
-    between = l1rel.mean(1).var(0, correction=0) / l1rel.var((0, 1), correction=0)
-    curve, cuts = l1rel.mean((0, 1)).tolist(), cut.mean((0, 1)).tolist()
-    return {"l1rel_by_step": curve, "chunk_cuts": cuts, "l1rel_prompt_share": between.tolist()}
+    curve, cuts = (common.gather(rows).mean(0).tolist() for rows in (l1rel, cut))
+    return {"l1rel_by_step": curve, "chunk_cuts": cuts}
 
 
 def update(policy, optimizer, args, transitions, old_logp, chunk_average, advantage, images, stats, first):
@@ -301,7 +298,7 @@ def main(args):
 
         metrics = {"iteration": iteration} | common.reward_metrics(rewards, parts, G, zero_std_groups)
         metrics |= stats.metrics(args.clip_range, steps=K, transitions=trained)  # GCPO
-        metrics |= chunk_metrics(l1rel, chunks, G)
+        metrics |= chunk_metrics(l1rel, chunks)
         if iteration % args.eval_every == 0 or iteration == args.iterations:
             metrics |= run.evaluate(iteration, args.eval_hybrid)
         run.save(iteration, metrics)

@@ -22,7 +22,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-import warnings
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial, wraps
@@ -134,10 +133,8 @@ def load_clip(source, device):
 
 
 def embed_texts(texts, model, tokenizer):
-    """Normalised CLIP embeddings (N, D) float32 of texts. A text that is too long is cut, with a warning."""
+    """Normalised CLIP embeddings (N, D) float32 of texts. A text that is too long is cut."""
     length = model.config.text_config.max_position_embeddings
-    if any(len(ids) > length for ids in tokenizer(texts, verbose=False)["input_ids"]):
-        warnings.warn(f"CLIP reads only the first {length} tokens of longer prompts", stacklevel=2)
     inputs = tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
     embedding = model.get_text_features(**inputs.to(model.device)).pooler_output
     return F.normalize(embedding.float(), dim=-1)
@@ -574,8 +571,6 @@ class Reward:
         for name, (function, _, _) in self.parts.items():
             try:
                 scores = function(images.clone(), list(prompts))  # its own copies, which it may change
-                if isinstance(scores, tuple) and torch.as_tensor(scores[0]).ndim:
-                    scores = scores[0]  # of (scores, more), which flow_grpo's rewards return
                 scores = torch.as_tensor(scores).detach().float().cpu()
                 if scores.shape != (len(prompts),):
                     raise ValueError(f"scores of shape {tuple(scores.shape)}, and not one per image")
@@ -593,11 +588,7 @@ class Reward:
 
     def self_check(self, prompts, parts, size):
         """One line per part, comparing the scores of images (parts: {name: scores}) with those of noise."""
-        try:
-            _, noise_parts = self(self.noise(4, size), (prompts * 4)[:4])
-        except SystemExit as error:
-            return [f"noise cannot be scored: {error}"]
-        lines = []
+        lines, (_, noise_parts) = [], self(self.noise(4, size), (prompts * 4)[:4])
         for name in self.parts:
             images, noise = parts[name], noise_parts[name].mean()
             result = "the images score higher" if images.mean() > noise else "the images do not score higher"

@@ -445,7 +445,7 @@ def chunks_of_the_base_model(each=4, noise=("flow", 0.7), chunk_max=4):
     s, index = common.noise_scale(sigmas, *noise), torch.arange(len(prompts) * each) // each
     x, x_next, *_ = gcpo.rollout(policy, text, index, start, sigmas, s, noise[0], range(K))
     l1rel = ((x_next - x).flatten(2).norm(1, 2) / x.flatten(2).norm(1, 2)).T
-    return gcpo.chunk_metrics(l1rel, [gcpo.adaptive_chunks(row, chunk_max) for row in l1rel], each)
+    return gcpo.chunk_metrics(l1rel, [gcpo.adaptive_chunks(row, chunk_max) for row in l1rel])
 
 
 def draw_decided(axes, runs, until=50):

@@ -4,19 +4,16 @@ two processes (CPU, gloo) make the run that one makes, and end together whatever
 """
 
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate import PartialState
 from safetensors.torch import load_file
 
 import common
-from conftest import ROOT, SCRIPTS, here, metrics
+from conftest import ROOT, SCRIPTS, DoublePolicy, here, metrics, state
 
 # A micro-batch that both one and two processes fill: the network then sees the same shapes in each.
 SMALL = "--seed 3 --prompts-per-iteration 4 --eval-seeds 1 --lora-rank 4 --micro-batch 4 --steps 4"
@@ -27,64 +24,22 @@ OF_SCRIPT = {  # with what all processes agree on: the std of all rewards, steps
     " --ema-decay 0.5 --shared-noise",
     "tempflow_grpo": "--seeds-per-prompt 2 --branches 3 --group prompt --sde-steps 2",
 }
-MINUTE = 60
 
 
 def options(script, *more):
     return [*SMALL.split(), *OF_SCRIPT[script].split(), *map(str, more)]
 
 
-class Torchrun:
-    """`torchrun --nproc-per-node 2` of a script; what each process writes to standard error is kept apart."""
-
-    def __init__(self, logs, script, *arguments):
-        self.logs, engine = logs, [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        file = script if script.endswith(".py") else str(ROOT / f"{script}.py")
-        self.process = subprocess.Popen(
-            [
-                *engine,
-                "--nproc-per-node",
-                "2",
-                "--redirects",
-                "2",
-                "--log-dir",
-                str(logs),
-                file,
-                *map(str, arguments),
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-
-    def wait_for(self, folder, lines):
-        """Until the run in a folder has written so many lines of metrics."""
-        file = Path(folder, "metrics.jsonl")
-        while not file.exists() or len(file.read_text().splitlines()) < lines:
-            assert self.process.poll() is None, self.errors()
-            time.sleep(0.02)
-
-    def pid(self, rank):
-        """The process number of a rank, which torchrun's children have in their environment."""
-        of = self.process.pid
-        for child in Path(f"/proc/{of}/task/{of}/children").read_text().split():
-            if f"\0RANK={rank}\0" in Path(f"/proc/{child}/environ").read_text():
-                return int(child)
-        raise AssertionError(f"no process of rank {rank}")
-
-    def errors(self):
-        """The error lines that the first and the second process wrote."""
-        texts = [path.read_text() for path in sorted(self.logs.glob("*/attempt_0/?/stderr.log"))]
-        return [[line for line in text.splitlines() if line.startswith("error: ")] for text in texts]
-
-    def end(self, within=600):
-        """Wait; returns the exit status, standard output, torchrun's own report, and errors()."""
-        try:
-            out, report = self.process.communicate(timeout=within)
-        finally:
-            self.process.kill()
-        return self.process.returncode, out, report, self.errors()
+def torchrun(logs, script, *arguments, within=600):
+    """A script in two processes: exit status, output, torchrun's report, error lines of each process."""
+    file = script if script.endswith(".py") else str(ROOT / f"{script}.py")
+    engine = "-m torch.distributed.run --standalone --nproc-per-node 2 --redirects 2 --log-dir".split()
+    command = [sys.executable, *engine, *map(str, [logs, file, *arguments])]
+    more = {"capture_output": True, "text": True, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+    done = subprocess.run(command, timeout=within, **more)
+    texts = [path.read_text() for path in sorted(logs.glob("*/attempt_0/?/stderr.log"))]
+    errors = [[line for line in text.splitlines() if line.startswith("error: ")] for text in texts]
+    return done.returncode, done.stdout, done.stderr, errors
 
 
 def one_process(script, folder, *arguments):
@@ -130,12 +85,11 @@ def assert_same_metrics(one, other):
 def test_two_processes_make_the_run_of_one(script, tmp_path):
     arguments = options(script, "--iterations", 2, "--eval-every", 2)
     one_process(script, tmp_path / "one", *arguments)
-    run = Torchrun(tmp_path / "logs", script, *arguments, "--output", tmp_path / "two")
-    status, out, report, errors = run.end()
+    logs, output = tmp_path / "logs", ("--output", tmp_path / "two")
+    status, out, report, errors = torchrun(logs, script, *arguments, *output)
     assert status == 0, (report, errors)
-    assert (
-        errors == [[], []] and out.count("eval_reward") == out.count("step   sigma") == 1
-    )  # one of them prints
+    assert errors == [[], []]
+    assert out.count("eval_reward") == out.count("step   sigma") == 1  # one of them prints
     assert_same_adapter(tmp_path / "one", tmp_path / "two")
     assert_same_metrics(tmp_path / "one", tmp_path / "two")
     travelled = torch.cat(
@@ -144,19 +98,11 @@ def test_two_processes_make_the_run_of_one(script, tmp_path):
     assert travelled.abs().max() > 1e-3  # B began at 0
 
 
-class DoublePolicy(common.Policy):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.dtype = torch.float64
-        for part in (self.transformer, self.pipe.vae, *self.encoders):
-            part.double()
-
-
 IN_FLOAT64 = f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import common, gcpo, test_processes
-common.Policy, sys.argv[0] = test_processes.DoublePolicy, "gcpo.py"
+import common, gcpo, conftest
+common.Policy, sys.argv[0] = conftest.DoublePolicy, "gcpo.py"
 common.run_script("gcpo", gcpo.main, gcpo.Args, gcpo.DEFAULTS)
 """
 
@@ -165,13 +111,12 @@ def test_every_weight_in_float64(monkeypatch, tmp_path):
     """Where rounding is out of the way, every single weight of two processes is that of one."""
     driver = tmp_path / "driver.py"
     driver.write_text(IN_FLOAT64)
-    arguments = options(
-        "gcpo", "--iterations", 2, "--eval-every", 2, "--ema-decay", 0
-    )  # the average is float32
+    more = ["--iterations", 2, "--eval-every", 2, "--ema-decay", 0]  # the average is float32
+    arguments = options("gcpo", *more)
     monkeypatch.setattr(common, "Policy", DoublePolicy)
     one_process("gcpo", tmp_path / "one", *arguments)
-    run = Torchrun(tmp_path / "logs", str(driver), *arguments, "--output", tmp_path / "two")
-    status, _, report, errors = run.end()
+    logs, output = tmp_path / "logs", ("--output", tmp_path / "two")
+    status, _, report, errors = torchrun(logs, str(driver), *arguments, *output)
     assert status == 0, (report, errors)
     one, two = adapter(tmp_path / "one"), adapter(tmp_path / "two")
     for name, weight in one.items():
@@ -184,38 +129,20 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     arguments = options("grpo", "--eval-every", 1)
     one_process("grpo", tmp_path / "whole", *arguments, "--iterations", 3)
     one_process("grpo", tmp_path / "parts", *arguments, "--iterations", 1)
-    run = Torchrun(tmp_path / "logs", "grpo", "--resume", tmp_path / "parts", "--iterations", 2)
-    status, _, report, errors = run.end()
+    more = ["--resume", tmp_path / "parts", "--iterations", 2]
+    status, _, report, errors = torchrun(tmp_path / "logs", "grpo", *more)
     assert status == 0, (report, errors)
     assert here("grpo", "--resume", tmp_path / "parts", "--iterations", 3).returncode == 0
     assert_same_adapter(tmp_path / "whole", tmp_path / "parts")
     assert_same_metrics(tmp_path / "whole", tmp_path / "parts")
 
 
-def saved(folder):
-    """The last iteration in checkpoint.pt."""
-    return torch.load(folder / "checkpoint.pt", weights_only=True)["iteration"]
-
-
-@pytest.mark.parametrize("rank, number", [(0, signal.SIGKILL), (1, signal.SIGTERM)])
-def test_a_killed_process_ends_the_run(rank, number, tmp_path):
-    arguments = [*options("tempflow_grpo", "--eval-every", 1), "--output", tmp_path / "run"]
-    run = Torchrun(tmp_path / "logs", "tempflow_grpo", *arguments)
-    run.wait_for(tmp_path / "run", 3)  # the base model and two iterations
-    os.kill(run.pid(rank), number)
-    status, _, report, _ = run.end(within=MINUTE)
-    assert status != 0 and number.name in report
-    assert saved(tmp_path / "run") >= 1
-
-
 def test_one_process_writes(monkeypatch, tmp_path):
     """The second opens no file for writing: neither checkpoint nor adapter, picture, metrics."""
     driver = tmp_path / "driver.py"
     driver.write_text(WRITES)
-    run = Torchrun(
-        tmp_path / "logs", str(driver), *options("grpo", "--iterations", 1), "--output", tmp_path / "run"
-    )
-    status, _, report, _ = run.end()
+    arguments = options("grpo", "--iterations", 1, "--output", tmp_path / "run")
+    status, _, report, _ = torchrun(tmp_path / "logs", str(driver), *arguments)
     assert status == 0, report
     assert (tmp_path / "run.0").read_text() and not (tmp_path / "run.1").exists()
 
@@ -256,8 +183,8 @@ def test_flat_groups_on_one_of_two_processes(tmp_path):
     arguments = [*options("grpo", "--iterations", 1), "--reward", f"{tmp_path / 'r.py'}:half", "--kl-coef", 0]
     arguments += ["--adv-std", "group", "--prompts", tmp_path / "p.txt", "--model", "tiny"]
     one_process("grpo", tmp_path / "one", *arguments)
-    run = Torchrun(tmp_path / "logs", "grpo", *arguments, "--output", tmp_path / "two")
-    status, _, report, errors = run.end()
+    logs, output = tmp_path / "logs", ("--output", tmp_path / "two")
+    status, _, report, errors = torchrun(logs, "grpo", *arguments, *output)
     assert status == 0, (report, errors)
     assert metrics(tmp_path / "two")[1]["zero_std_groups"] == 0.5
     assert_same_adapter(tmp_path / "one", tmp_path / "two")
@@ -274,23 +201,20 @@ def test_reward_that_fails_in_one_process(tmp_path):
         "    return images.mean((1, 2, 3))\n"
     )
     names = [f"a {colour} circle" for colour in ("red", "green", "blue", "yellow")] * 2
-    arguments = options(
-        "grpo", "--eval-every", 1000, "--eval-prompts", ROOT / "tests" / "tiny" / "eval_prompts.txt"
-    )
+    held_out = ROOT / "tests" / "tiny" / "eval_prompts.txt"
+    arguments = options("grpo", "--eval-every", 1000, "--eval-prompts", held_out)
     # the second iteration's second prompt, of which every process knows the place beforehand
     order = common.iteration_prompts(range(len(names)), 4, 2, seed=3)
     names[order[1]] = "a bad prompt"
     (tmp_path / "prompts.txt").write_text("\n".join(names))
     reward = f"{tmp_path / 'rewards_of_mine.py'}:picky"
-    run = Torchrun(
-        tmp_path / "logs", "grpo", *arguments, "--prompts", tmp_path / "prompts.txt", "--model", "tiny",
-        "--reward", reward, "--output", tmp_path / "run",
-    )  # fmt: skip
-    status, _, _, (_, second) = run.end(within=3 * MINUTE)
+    more = ["--prompts", tmp_path / "prompts.txt", "--model", "tiny", "--reward", reward]
+    more += ["--output", tmp_path / "run"]
+    status, _, _, (_, second) = torchrun(tmp_path / "logs", "grpo", *arguments, *more, within=180)
     assert status != 0
     (line,) = second
     assert "picky" in line and "will not look at this" in line
-    assert metrics(tmp_path / "run")[-1]["iteration"] == saved(tmp_path / "run") == 1
+    assert metrics(tmp_path / "run")[-1]["iteration"] == state(tmp_path / "run")["iteration"] == 1
 
 
 @pytest.mark.parametrize(
@@ -305,13 +229,7 @@ def test_reward_that_fails_in_one_process(tmp_path):
 def test_bad_input(arguments, word, tmp_path):
     (tmp_path / "one.txt").write_text("a red circle\n")
     arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
-    run = Torchrun(tmp_path / "logs", "grpo", *arguments, "--output", tmp_path / "run")
-    status, _, _, errors = run.end(within=MINUTE)
+    arguments += ["--output", tmp_path / "run"]
+    status, _, _, errors = torchrun(tmp_path / "logs", "grpo", *arguments, within=60)
     assert status != 0 and any(word in line for lines in errors for line in lines)
     assert not (tmp_path / "run").exists()
-
-
-def test_one_process_makes_no_group():
-    assert PartialState(cpu=True).num_processes == 1 and not torch.distributed.is_initialized()
-    rows = torch.arange(6).view(3, 2)
-    assert torch.equal(common.gather(common.share(rows)), rows)

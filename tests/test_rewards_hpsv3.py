@@ -295,16 +295,10 @@ def test_hpsv3_is_what_the_published_package_gives(base, checkpoint):
 @pytest.mark.parametrize(
     "drop,add,words",
     [
-        (
-            "model.layers.1.mlp.up_proj.weight",
-            "",
-            r"no weights for language_model.layers.1.mlp.up_proj.weight",
-        ),
-        ("visual.merger.ln_q.bias", "", r"no weights for visual.merger.ln_q.bias"),
+        ("visual.merger.ln_q.bias", "", "no weights for visual.merger.ln_q.bias"),
         ("rm_head.3.bias", "", "3.bias"),
         ("", "rm_head.7.bias", "7.bias"),
         ("model.norm.weight", "model.norm.scale", "no weights for language_model.norm.weight"),
-        ("model.embed_tokens.weight", "model.embed_tokens.weight", "embed_tokens"),  # of another size
     ],
 )
 def test_missing_weights_are_an_error(base, checkpoint, tmp_path, drop, add, words):
@@ -315,16 +309,3 @@ def test_missing_weights_are_an_error(base, checkpoint, tmp_path, drop, add, wor
     save_file(weights, tmp_path / "HPSv3.safetensors")
     with pytest.raises((ValueError, RuntimeError), match=words):
         rewards.load_hpsv3(str(tmp_path), base, "cpu")
-
-
-def test_both_parts_move_away_with_offload(base, checkpoint, monkeypatch):
-    monkeypatch.setitem(rewards.REWARDS, "hpsv3", rewards.Entry(partial(hpsv3, base=base)))
-    reward = rewards.get_reward(f"hpsv3:{checkpoint}", "cpu", offload=True)
-    reward.load(["a dog"])
-    ((both, *_),) = rewards.LOADED.values()
-    places, move = [], both.to
-    monkeypatch.setattr(both, "to", lambda place: places.append(place) or move(place))
-    reward(pictures((32, 32))[0][None], ["a dog"])
-    assert places == ["cpu", "cpu"] and not any(p.requires_grad for p in both.parameters())
-    total = sum(value.numel() for name, value in published_weights(263).items() if name != "lm_head.weight")
-    assert sum(p.numel() for p in both.parameters()) == total
