@@ -31,7 +31,12 @@ COMMANDS = sorted({*re.findall(r"^(?:python|torchrun) .*\.py\b.*$", SHELL, re.M)
 
 
 class FluxPolicy:
-    """What `rollout` and `transition_logp` need of a policy, for a FluxPipeline. Copy it."""
+    """What `rollout` and `transition_logp` need of a policy, for a FluxPipeline. Copy it.
+
+    Latents are packed: (images, tokens, channels). Guidance is an input of the network. The timestep is
+    sigma. Give `scheduler.set_timesteps` the sigmas 1, 1 - 1/T, ..., 1/T and `mu`: `scheduler.sigmas` then
+    ends with the 0 that `rollout` needs.
+    """
 
     def __init__(self, pipe, height, width, guidance=3.5, micro_batch=4):  # in tokens of 2 x 2 latents
         self.pipe, self.guidance, self.micro_batch = pipe, guidance, micro_batch
@@ -266,7 +271,7 @@ def test_noise_that_flow_leaves():
             drift, std = common.sde_drift_std(sigmas[n], sigmas[n + 1], s[n] if n < count else 0 * s[n])
             noise = ((noise * (sigmas[n + 1] - drift) / sigmas[n]) ** 2 + std**2).sqrt()
         left.append(noise.item())
-    shown = re.search(r"expects there, ([\d.]+\d) .*? leaves ([\d.]+\d): .*? leaves ([\d.]+\d)", README)
+    shown = re.search(r"has there, ([\d.]+\d) .*? std ([\d.]+\d) is left, .*? it is ([\d.]+\d)\.", README)
     for text, number in zip(shown.groups(), [sigmas[9].item(), *left]):
         assert round(number, len(text) - 2) == float(text)
 
