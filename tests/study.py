@@ -412,7 +412,7 @@ def draw_hacking(axes, runs):
 def draw_chunks(axes, runs):
     rows, seeds, _ = TABLES[-4]
     axes[0].axhline(0, color="0.6")
-    for row in rows:
+    for row in (row for row in rows if row.other == rows[0].other):
         if numbers := effect(runs, row, seeds):
             mean, half = mean_interval(numbers)
             sizes = row.name.split("--chunks ")[1].split()[0]
