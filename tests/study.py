@@ -5,7 +5,7 @@
     python tests/study.py page                  # tests/curves/README.md, the figures, README.md's claims
 
 The text of the page and the rows of its tables are in tests/curves/page.txt: run | other run | claim | by. A
-claim marked with * is also one of README.md's. A table may compare the runs at a lower cost.
+claim marked with * is also one of README.md's. A table compares runs at the budget, or averaged up to it.
 A run is a name, `gcpo flow 0.7 all --chunks 9` (script, sampler, noise, random steps, options), and a seed.
 While it runs it is in runs/study. Committed are its evaluated iterations, its command and its commit.
 """
@@ -30,6 +30,7 @@ from matplotlib.patches import FancyBboxPatch
 ROOT = Path(__file__).resolve().parents[1]
 CURVES = ROOT / "tests" / "curves"
 BUDGET = 360_000  # velocity evaluations at which runs are compared
+COSTS = np.linspace(0, BUDGET, 97)  # of curves, and of averages over a run
 ADAPTIVE = "flow 0.7 all --chunks adaptive --chunk-max 4 --chunk-fraction 1"
 QUIET = 12  # the seed of the runs that are timed, with the machine to themselves
 
@@ -69,7 +70,7 @@ TWICE = f"{DEFAULT['grpo']} --learning-rate 0.0014"  # the default rate of grpo.
 
 
 def read_page():
-    """The text of page.txt with {} for each table, and the tables: (rows, seeds, cost)."""
+    """The text of page.txt with {} for each table, and the tables: (rows, seeds, averaged or not)."""
     places = {name: value if isinstance(value, str) else value[0] for name, value in TUNED.items()}
     places |= dict(zip("GCT", DEFAULT.values())) | {"hole": HOLE, "twice": TWICE}
     tables = []
@@ -77,11 +78,11 @@ def read_page():
     def read(match):
         lines = match[3].format(**places).strip().splitlines()
         rows = [Row(*(plain(cell.strip()) for cell in line.split("|"))) for line in lines]
-        tables.append((rows, tuple(map(int, match[1].split())), int(match[2] or BUDGET)))
+        tables.append((rows, tuple(map(int, match[1].split())), bool(match[2])))
         return f"{{tables[{len(tables) - 1}]}}"
 
     text = (CURVES / "page.txt").read_text("utf-8")
-    return re.sub(r"(?ms)^\[rows ([\d ]+?)(?: at (\d+))?$(.*?)^\]$", read, text), tables
+    return re.sub(r"(?ms)^\[rows ([\d ]+?)( averaged)?$(.*?)^\]$", read, text), tables
 
 
 TEXT, TABLES = read_page()
@@ -260,10 +261,10 @@ def value_at(name, lines, metric="eval_reward", cost=BUDGET):
     return np.interp(cost, reached, [line.get(metric, 0) for line in lines])
 
 
-def values(runs, name, seeds, cost=BUDGET, metric="eval_reward"):
-    """{seed: metric at a cost} of the runs that are there. Of a hacked reward, the full one counts."""
-    metric = "eval/shapes" if HOLE in name and metric == "eval_reward" else metric
-    return {s: value_at(name, runs[name, s], metric, cost) for s in seeds if (name, s) in runs}
+def values(runs, name, seeds, averaged=False):
+    """{seed: reward} of the runs that are there, at the budget or averaged; if it is hacked, the full one."""
+    metric, cost = "eval/shapes" if HOLE in name else "eval_reward", COSTS if averaged else BUDGET
+    return {s: np.mean(value_at(name, runs[name, s], metric, cost)) for s in seeds if (name, s) in runs}
 
 
 def mean_interval(numbers):
@@ -274,16 +275,16 @@ def mean_interval(numbers):
 
 
 def words(numbers, sign=""):
-    """Mean and half interval as text; blank if there is nothing."""
-    if not numbers:
-        return ""
+    """Mean and half interval as text; up to two numbers as they are."""
+    if len(numbers) < 3:
+        return ", ".join(f"{number:{sign}z.3f}" for number in numbers)
     mean, half = mean_interval(numbers)
-    return f"{mean:{sign}z.3f}" + ("" if np.isnan(half) else f" ± {half:.3f}")
+    return f"{mean:{sign}z.3f} ± {half:.3f}"
 
 
-def effect(runs, row, seeds, cost=BUDGET):
+def effect(runs, row, seeds, averaged=False):
     """The differences of a row over the random seeds that both runs have."""
-    one, other = (values(runs, name, seeds, cost) for name in row[:2])
+    one, other = (values(runs, name, seeds, averaged) for name in row[:2])
     return [one[seed] - other[seed] for seed in one if seed in other]
 
 
@@ -303,9 +304,9 @@ def claims(runs, mark=""):
     """The table of claims: all of them, or those with the mark."""
     cells = []
     marked = [(row, *rest) for rows, *rest in TABLES for row in rows if row.claim and mark in row.claim]
-    for row, seeds, cost in marked:
-        found = effect(runs, row, seeds, cost)
-        images = [list(values(runs, name, seeds, cost, "images").values()) for name in row[:2]]
+    for row, seeds, averaged in marked:
+        found = effect(runs, row, seeds, averaged)
+        images = [[value_at(n, runs[n, s], "images") for s in seeds if (n, s) in runs] for n in row[:2]]
         one, other = (np.mean(numbers or 0) for numbers in images)
         scored = f"{one:,.0f} against {other:,.0f}" if found and abs(one - other) > 0.02 * other else ""
         shown = words(found, "+"), str(len(found) or ""), verdict(row.claim, found), scored
@@ -314,13 +315,13 @@ def claims(runs, mark=""):
     return markdown(header.split("|"), cells)
 
 
-def table(runs, rows, seeds, cost):
+def table(runs, rows, seeds, averaged):
     """Held-out reward of the runs of a table, and their effects."""
     others = [Row(row.other) for row in rows if row.other not in ("", *(row.name for row in rows))]
     cells = []
     for row in dict.fromkeys([*others, *rows]):
-        reward = list(values(runs, row.name, seeds, cost).values())
-        found = effect(runs, row, seeds, cost)
+        reward = list(values(runs, row.name, seeds, averaged).values())
+        found = effect(runs, row, seeds, averaged)
         compared = [words(found, "+"), f"`{row.other}`"] if row.other not in ("", row.name) else ["", ""]
         seeds_of = str(len(found if compared[1] else reward) or "")
         cells.append([f"`{row.name}`", words(reward), *compared, seeds_of, verdict(row.claim, found)])
@@ -333,12 +334,13 @@ def ends(runs):
     for script, name in DEFAULT.items():
         curves = [[line["eval_reward"] for line in runs[name, s]] for s in range(8) if (name, s) in runs]
         quiet, last = runs.get((name, QUIET), []), [curve[-1] for curve in curves]
-        cells.append([f"`python {script}.py`", str(len(curves) or ""), words(last)])
+        cost = f"{int(TUNED[script][2]) * evals_of(name):,}"
+        cells.append([f"`python {script}.py`", cost, str(len(curves) or ""), words(last)])
         fall = max([max(curve) - curve[-1] for curve in curves], default=0)
         cells[-1] += [f"{min(last):.3f}", f"{fall:.3f}"] if last else ["", ""]
         for when in [line for line in quiet if line["eval_reward"] >= 0.85][:1], quiet[-1:]:
             cells[-1] += ["".join(f"{line['eval_reward']:.3f} in {line['seconds']} s" for line in when)]
-    header = "command|seeds|reward at the end|lowest|largest fall from the best|0.85 on another seed|its end"
+    header = "command|evaluations|seeds|reward at the end|lowest|largest fall from the best|over 0.85|its end"
     return markdown(header.split("|"), cells)
 
 
@@ -359,11 +361,10 @@ def finish(axes, title="", x=COST, y=REWARD, **legend):
 def mean_curve(axes, runs, name, label, seeds=range(8), metric="eval_reward", **style):
     """Mean of a metric over cost, with a thin line per seed."""
     found = [runs[name, seed] for seed in seeds if (name, seed) in runs]
-    cost = np.linspace(0, BUDGET, 97)
-    curves = [value_at(name, lines, metric, cost) for lines in found]
+    curves = [value_at(name, lines, metric, COSTS) for lines in found]
     if curves:
-        (line,) = axes.plot(cost / 1000, np.mean(curves, 0), label=f"{label} ({len(found)} seeds)", **style)
-        axes.plot(cost / 1000, np.transpose(curves), color=line.get_color(), alpha=0.3, linewidth=0.7)
+        (line,) = axes.plot(COSTS / 1000, np.mean(curves, 0), label=f"{label} ({len(found)} seeds)", **style)
+        axes.plot(COSTS / 1000, np.transpose(curves), color=line.get_color(), alpha=0.3, linewidth=0.7)
 
 
 def draw_curves(axes, runs):
@@ -379,6 +380,8 @@ def draw_curves(axes, runs):
     finish(axes[0], "early steps random: defaults, and flow 0.7")
     finish(axes[1], "all steps random: flow 0.7")
     finish(axes[2], f"defaults to their end, seed {QUIET}", "seconds of training on one CPU core")
+    for one in axes:
+        one.set_ylim(0.45, 0.95)
 
 
 def draw_noise(axes, runs):
@@ -395,7 +398,9 @@ def draw_noise(axes, runs):
                 one.plot([*map(float, found)], means, style[1:], color=f"C{number}", label=f"{steps} steps")
                 one.plot(*zip(*points), style[0], color=f"C{number}")
         one.set_ylim(0.35, 0.95)
-        finish(one, f"tuning {sde}: seeds 10 and 11", "a" if sde == "flow" else "eta", "")
+        finish(one, f"{sde}, seeds 10 and 11", "a" if sde == "flow" else "eta", "")
+        if number:
+            one.get_legend().remove()
     mean_curve(axes[0], runs, "grpo flow 0.7 early", "flow 0.7", range(5), color="0.6")
     finish(axes[0], "grpo.py, early steps")
 
@@ -457,7 +462,7 @@ def draw_decided(axes, runs, until=50):
             axes[place].plot(np.mean([line[metric] for line in early], 0), "o-", label=label)
 
     flow, cps = "tempflow_grpo flow 0.7 all", f"tempflow_grpo {TUNED['cps']} all"
-    curve(0, flow, "reward_std_by_step", f"tempflow_grpo.py, iterations 1 to {until}")
+    curve(0, flow, "reward_std_by_step", "flow 0.7")
     axes[0].set_ylim(0)
     metrics = chunks_of_the_base_model()
     axes[1].plot(metrics["l1rel_by_step"], "o-", label="L1rel")
@@ -465,10 +470,10 @@ def draw_decided(axes, runs, until=50):
     axes[1].set_ylim(0, 1.3)
     curve(2, cps, "gradient_by_step", f"{TUNED['cps']}")
     curve(2, flow, "gradient_by_step", "flow 0.7")
-    curve(2, flow, "gradient_by_step_weighted", "both, with the weight")
+    curve(2, flow, "gradient_by_step_weighted", "flow 0.7, with the weight")
     axes[2].set_yscale("log")
     finish(axes[0], "does the reward depend on the step?", "step", "std of the reward over branches")
-    finish(axes[1], "how much does the step change the latent?", "step", "")
+    finish(axes[1], "how much does the step change the latent?", "step", "L1rel, or share")
     finish(axes[2], "how large is the gradient of log p?", "step", "size over the mean of all steps")
 
 
@@ -511,8 +516,12 @@ def draw_way(axes, runs, leave=(-1, 1, 6), shown=3, noise=("flow", 0.7)):
     axes[0].set_yticks(40 * np.arange(len(labels)) + 16, labels, fontsize=8)
     axes[0].set_xticks(36 * np.arange(T) + 16, range(T))
     better = score[0, :-1].amax(0) > score[0, -1] + 0.05
-    share = f"the best of the first {T - 1} is better than the last by over 0.05: {better.sum()}"
-    axes[0].set(title=f"{share} of {len(captions)} prompts", xlabel="step at which the image is predicted")
+    title = (
+        f"final reward changed by over 0.1: by the early branch for {early.sum()} of {len(captions)} prompts"
+    )
+    title += f", by the late one for {late.sum()}\nbest of the first {T - 1} predictions better than the last"
+    axes[0].set_title(f"{title} by over 0.05: {better.sum()}", fontsize=9)
+    axes[0].set_xlabel("step at which the image is predicted")
 
 
 def draw_algorithms(axes, runs, steps=6):
@@ -553,7 +562,7 @@ def draw_algorithms(axes, runs, steps=6):
 
 FIGURES = {  # width, height, columns
     "curves": (13, 4, 3, draw_curves),
-    "noise": (18, 3.8, 5, draw_noise),
+    "noise": (14, 3.6, 5, draw_noise),
     "hacking": (9, 4, 1, draw_hacking),
     "chunks": (6, 4, 1, draw_chunks),
     "decided": (12, 3.5, 3, draw_decided),

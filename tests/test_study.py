@@ -45,6 +45,9 @@ def test_an_effect_is_of_pairs_and_the_verdict_of_its_interval(tmp_path):
     found = study.effect(runs, study.Row(BASE, OTHER), range(5))
     mean, half = study.mean_interval(found)
     assert (mean, half) == (pytest.approx(0.06), pytest.approx(4.303 * 0.04 / 3**0.5))
+    half_way = study.effect(runs, study.Row(BASE, OTHER), range(5), averaged=True)
+    assert half_way == pytest.approx([0.01, 0.03, 0.05])  # of straight lines that begin together
+    assert study.words(half_way, "+") == "+0.030 ± 0.050" and study.words(half_way[:2]) == "0.010, 0.030"
     assert study.verdict("better", found) == "inconclusive"
     narrow = [0.059, 0.06, 0.061]
     assert study.verdict("better", narrow) == "holds"
