@@ -399,7 +399,7 @@ def draw_noise(axes, runs):
                 one.plot(*zip(*points), style[0], color=f"C{number}")
         one.set_ylim(0.35, 0.95)
         finish(one, f"{sde}, seeds 10 and 11", "a" if sde == "flow" else "eta", "")
-        if number:
+        if number and one.get_legend():
             one.get_legend().remove()
     mean_curve(axes[0], runs, "grpo flow 0.7 early", "flow 0.7", range(5), color="0.6")
     finish(axes[0], "grpo.py, early steps")
