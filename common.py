@@ -947,11 +947,15 @@ class Run:
 
 def run_config(args):
     """The content of config.json: script, all settings as used, versions, commit, command."""
-    failed, commit = subprocess.getstatusoutput(f'git -C "{TINY.parents[1]}" rev-parse HEAD')
+    try:
+        git = ["git", "-C", str(TINY.parents[1]), "rev-parse", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # git is not installed
+        commit = None
     versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
     config = {"script": args.script, "settings": asdict(args) | {"resume": None}, "versions": versions}
-    config |= {"commit": None if failed else commit, "command": " ".join(sys.argv)}
-    return config | {"wandb_id": sys.modules["wandb"].run.id if args.wandb else None}
+    wandb_id = sys.modules["wandb"].run.id if args.wandb else None
+    return config | {"commit": commit, "command": " ".join(sys.argv), "wandb_id": wandb_id}
 
 
 # ---------------------------------------------------------------- the command line

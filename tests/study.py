@@ -355,7 +355,8 @@ def finish(axes, title="", x=COST, y=REWARD, **legend):
     axes.grid(alpha=0.3)
     if not axes.has_data():
         return axes.text(0.5, 0.5, "not run", transform=axes.transAxes, ha="center")
-    axes.legend(fontsize="small", **legend)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="small", **legend)
 
 
 def mean_curve(axes, runs, name, label, seeds=range(8), metric="eval_reward", **style):
@@ -394,13 +395,17 @@ def draw_noise(axes, runs):
             found = {level: list(rewards) for level, rewards in found.items() if rewards}
             points = [(float(level), reward) for level, rewards in found.items() for reward in rewards]
             if points:
-                means = [np.mean(rewards) for rewards in found.values()]
-                one.plot([*map(float, found)], means, style[1:], color=f"C{number}", label=f"{steps} steps")
+                means, label = [np.mean(rewards) for rewards in found.values()], f"{steps} steps"
+                one.plot(
+                    [*map(float, found)],
+                    means,
+                    style[1:],
+                    color=f"C{number}",
+                    label=None if number else label,
+                )
                 one.plot(*zip(*points), style[0], color=f"C{number}")
         one.set_ylim(0.35, 0.95)
         finish(one, f"{sde}, seeds 10 and 11", "a" if sde == "flow" else "eta", "")
-        if number and one.get_legend():
-            one.get_legend().remove()
     mean_curve(axes[0], runs, "grpo flow 0.7 early", "flow 0.7", range(5), color="0.6")
     finish(axes[0], "grpo.py, early steps")
 
@@ -422,8 +427,7 @@ def draw_chunks(axes, runs):
             mean, half = mean_interval(numbers)
             sizes = row.name.split("--chunks ")[1].split()[0]
             axes[0].errorbar(sizes, mean, np.nan_to_num(half), fmt="o", capsize=3, color="C0")
-    axes[0].errorbar([], [], [], fmt="o", capsize=3, color="C0", label="mean of pairs, 95% interval")
-    finish(axes[0], "gcpo.py, all steps, flow 0.7", "sizes of the chunks", "reward minus single steps")
+    finish(axes[0], "gcpo.py, all steps, flow 0.7: 95% intervals", "chunks", "reward minus that of grpo.py")
 
 
 def base_model():
@@ -582,10 +586,9 @@ def page(folder=CURVES, figures=FIGURES):
     values |= {"tables": [table(runs, *which) for which in TABLES]}
     (folder / "README.md").write_text(TEXT.format(**values), "utf-8")
     if folder == CURVES:
-        readme, (start, end) = ROOT / "README.md", ("|claim|claimed by|", "\n\n")
-        before, after = readme.read_text("utf-8").split(start)
-        rows = re.sub(r" *\| *", "|", claims(runs, "*"))
-        readme.write_text(before + rows + end + after.split(end, 1)[1], "utf-8")
+        readme, rows = ROOT / "README.md", re.sub(r" *\| *", "|", claims(runs, "*"))
+        text = re.sub(r"(?s)\|claim\|.*?(?=\n\n)", rows, readme.read_text("utf-8"))
+        readme.write_text(text, "utf-8")
     for name in figures:
         *size, columns, draw = FIGURES[name]
         figure = Figure(figsize=size, layout="constrained")
