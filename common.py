@@ -1,24 +1,26 @@
-"""The three scripts share this file: sampler, model families, policy, processes, run, command line.
+"""What the three scripts share: sampler, model families, policy, processes, run, command line.
 
-To read the algorithms you need the sampler and the policy. This file imports none of the scripts, and
-importing it does no work. As in the papers, sigma is the noise level, from 1 (noise) to 0 (image); velocity =
-noise - image; x_sigma = (1 - sigma) image + sigma noise; Delta = sigma - sigma_next; and s is a noise scale.
+To read the algorithms you need the first part, the sampler, and Policy.velocity; the rest is plumbing. This
+file imports none of the scripts, and importing it does no work. As in the papers, sigma is the noise level,
+from 1 (noise) to 0 (image); velocity = noise - image; x_sigma = (1 - sigma) image + sigma noise; Delta =
+sigma - sigma_next; and s is a noise scale.
 [FG] is Flow-GRPO (arXiv 2505.05470), [DG] DanceGRPO (2505.07818), [CPS] Flow-CPS (2509.05952),
 [PR] Precise (2605.23522), [GC] GCPO (2510.21583), [TF] TempFlow-GRPO (2508.04324).
 """
 
+import contextlib
 import hashlib
 import io
 import json
 import math
 import os
-import re
-import subprocess
+import shlex
 import sys
 import textwrap
 import time
+import traceback
+import uuid
 from argparse import ArgumentParser
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import cache
@@ -26,13 +28,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
+import numpy
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
+from packaging.version import Version
 from torch.nn.functional import adaptive_avg_pool2d, pad, pixel_shuffle, pixel_unshuffle
 from tqdm import tqdm
 
 TINY = Path(__file__).resolve().parent / "tests" / "tiny"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # ---------------------------------------------------------------- sampler, advantages, metrics of the ratio
 
@@ -62,7 +67,7 @@ def noise_scale(sigmas, sde, noise_level):
     return std / (sigma - sigma_next).sqrt()
 
 
-def wide(x):
+def to_float32(x):
     """Cast half precision to float32, in which the sampler computes; float32 and float64 stay as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -89,7 +94,7 @@ def sde_mean_std(x, velocity, sigma, sigma_next, s, sde="flow"):
     is exactly the Euler step of the ODE. A new sampler only needs its own drift and std. The predicted
     noise is x + velocity (1 - sigma).
     """
-    x, velocity = wide(x), wide(velocity)
+    x, velocity = to_float32(x), to_float32(velocity)
     levels = [torch.as_tensor(level, dtype=x.dtype, device=x.device) for level in (sigma, sigma_next, s)]
     sigma, sigma_next, s = (level.view(-1, *[1] * (x.dim() - 1)) for level in levels)
     drift, std = sde_drift_std(sigma, sigma_next, s, sde)
@@ -105,7 +110,7 @@ def log_prob(x, mean, std, batch_dims=1):
     the number of dimensions (65,536 at 512 px). That is why clip ranges are 1e-5 to 1e-3. The ratio still
     depends on the resolution: for equal changes per element its std falls as 1 / sqrt(dimensions).
     """
-    logp = -((wide(x) - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
+    logp = -((to_float32(x) - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
     return logp.flatten(batch_dims).mean(-1)
 
 
@@ -114,12 +119,14 @@ def ode_sample(policy, x, text, prompt_index, sigmas, tuned_share=1.0):
     """Euler sampling from x (B, ...) at sigmas[0], as at inference; other arguments as in velocity.
 
     sigmas: (T + 1,) or a consecutive part of them. tuned_share < 1 is hybrid inference [GC]: the adapter is
-    on only in the first tuned_share of the steps. It is always on afterwards.
+    on only in the first tuned_share of the steps. The adapter is switched back on before returning.
     """
-    for step in range(len(sigmas) - 1):
-        if step == math.ceil(tuned_share * (len(sigmas) - 1) - 1e-9):
+    steps = len(sigmas) - 1
+    tuned_steps = math.ceil(tuned_share * steps - 1e-9)  # 0.6 of 5 steps is 3, in spite of rounding
+    for step in range(steps):
+        if step == tuned_steps:
             policy.transformer.disable_adapters()
-        velocity = policy.velocity_in_micro_batches(x, sigmas[step], text, prompt_index)
+        velocity = policy.velocity_batched(x, sigmas[step], text, prompt_index)
         x = x - (sigmas[step] - sigmas[step + 1]) * velocity
     policy.transformer.enable_adapters()
     return x
@@ -147,10 +154,13 @@ def generator(seed, purpose, number):
 
 def iteration_prompts(prompts, count, iteration, seed):
     """The prompts of an iteration (1, 2, ...): all are used, in random order, before any is used again."""
-    places = [divmod(n, len(prompts)) for n in range((iteration - 1) * count, iteration * count)]
-    epochs = {epoch for epoch, _ in places}
-    order = {n: torch.randperm(len(prompts), generator=generator(seed, "prompts", n)) for n in epochs}
-    return [prompts[order[epoch][index]] for epoch, index in places]
+    chosen, order = [], {}
+    for n in range((iteration - 1) * count, iteration * count):
+        epoch, place = divmod(n, len(prompts))
+        if epoch not in order:
+            order[epoch] = torch.randperm(len(prompts), generator=generator(seed, "prompts", epoch))
+        chosen.append(prompts[order[epoch][place]])
+    return chosen
 
 
 def iteration_steps(steps, count, iteration, seed):
@@ -159,8 +169,24 @@ def iteration_steps(steps, count, iteration, seed):
     return [steps[n] for n in sorted(chosen.tolist())]
 
 
+def ratio_metrics(log_ratio, advantage, clip_range):
+    """What is logged about ratios: ratio, clip_low, clip_high and approx_kl, each shaped like log_ratio.
+
+    log_ratio: logp - old_logp; advantage: broadcasts against it. clip_low, clip_high: 1 for a ratio whose
+    gradient is clipped to 0: under 1 - clip_range with a negative advantage, over 1 + clip_range with a
+    positive one. approx_kl: ratio - 1 - log_ratio, the mean of which estimates the KL from the policy of the
+    rollout. In float32 its few digits would be lost to rounding.
+    """
+    log_ratio = log_ratio.detach().double()
+    ratio = log_ratio.exp()
+    clip_low = (ratio < 1 - clip_range) & (advantage < 0)
+    clip_high = (ratio > 1 + clip_range) & (advantage > 0)
+    approx_kl = log_ratio.expm1() - log_ratio
+    return {"ratio": ratio, "clip_low": clip_low, "clip_high": clip_high, "approx_kl": approx_kl}
+
+
 class Stats:
-    """Collects tensors over an iteration's updates without waiting for the device, and averages them."""
+    """Collects tensors during an iteration's updates without waiting for the device, and averages them."""
 
     def __init__(self):
         self.values = {}
@@ -169,36 +195,26 @@ class Stats:
         for name, value in values.items():
             self.values.setdefault(name, []).append(value.detach().flatten())
 
-    def metrics(self, clip_range, steps, transitions):
-        """Metrics of an iteration, over all processes.
+    def metrics(self):
+        """Means over all that was added, in all processes; None for what was never added.
 
-        Needs first_log_ratio and first_step of the first update, and loss, log_ratio, advantage, grad_norm of
-        all. steps: K. transitions: the number of losses, including skipped ones, which count as 0 in the
-        averages. ratio_* exclude skipped ones, and are None if all are skipped. clip_low, clip_high: share of
-        ratios whose gradient is clipped to 0: under 1 - clip_range with a negative advantage, over 1 +
-        clip_range with a positive one. approx_kl: E[ratio - 1 - log ratio].
+        `ratio` becomes ratio_mean, ratio_min and ratio_max; of `ratio_first_error` the maximum is taken.
         """
-        names = "log_ratio advantage first_log_ratio first_step loss"
-        value = {name: [torch.zeros(0)] for name in names.split()}
-        mine = {name: torch.cat(parts).float().cpu() for name, parts in self.values.items()}
-        for name, values in ((name, process[name]) for process in gather_object([mine]) for name in process):
-            value.setdefault(name, []).append(values)
-        value = {name: torch.cat(parts) for name, parts in value.items()}
-        share = len(value["loss"]) / sum(gather_object([transitions]))
-
-        def of(function, values, empty=None):
-            return function(values.double()).item() if values.numel() else empty
-
-        ratio, advantage, step = value["log_ratio"].exp(), value.pop("advantage"), value.pop("first_step")
-        error = (value.pop("first_log_ratio").exp() - 1).abs().view(len(step), -1 if len(step) else 1)
-        metrics = {f"ratio_{name}": of(getattr(torch, name), ratio) for name in ("mean", "min", "max")}
-        metrics["ratio_first_error"] = of(torch.max, error)
-        metrics["ratio_first_error_by_step"] = [of(torch.max, error[step == n]) for n in range(steps)]
-        metrics["grad_norm"] = of(torch.mean, value.pop("grad_norm"))
-        value["approx_kl"] = ratio - 1 - value.pop("log_ratio")
-        value["clip_low"] = (ratio < 1 - clip_range) & (advantage < 0)
-        value["clip_high"] = (ratio > 1 + clip_range) & (advantage > 0)
-        return metrics | {name: share * of(torch.mean, values, 0.0) for name, values in value.items()}
+        mine = {name: torch.cat(values).double().cpu() for name, values in self.values.items()}
+        processes = gather_object([mine])
+        names = "ratio_mean ratio_min ratio_max ratio_first_error clip_low clip_high approx_kl loss grad_norm"
+        metrics = dict.fromkeys(names.split())
+        for name in dict.fromkeys(name for values in processes for name in values):
+            values = torch.cat([values[name] for values in processes if name in values])
+            if name == "ratio":
+                metrics["ratio_mean"] = values.mean().item()
+                metrics["ratio_min"] = values.min().item()
+                metrics["ratio_max"] = values.max().item()
+            elif name == "ratio_first_error":
+                metrics[name] = values.max().item()
+            else:
+                metrics[name] = values.mean().item()
+        return metrics
 
 
 # ---------------------------------------------------------------- the model families
@@ -207,28 +223,30 @@ class Stats:
 class SD3:
     """Stable Diffusion 3 and 3.5, and the interface of every other family.
 
-    To add a family, write a class with the same names and register it in FAMILIES. Call the pipeline's own
-    methods where possible, so that plain inference gives the same pictures.
+    To add a family, write a class with the same names, and register it in FAMILIES and in the scripts'
+    DEFAULTS. Call the pipeline's own methods where possible, so that plain inference gives the same pictures.
     """
 
     name = "sd3"  # key in DEFAULTS
+    transformer_class, vae_class = "SD3Transformer2DModel", "AutoencoderKL"
     # [FG]: the joint attention. The bare name "to_q" would also match SD3.5's second attention, attn2
     targets = r".*\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
     max_sequence_length = 256  # T5 tokens, as in the pipeline; [FG] uses 128
     two_pass_guidance = True  # False: guidance is an input of the transformer, or absent
+    distilled = False  # True: made for a few steps without guidance, as far as the checkpoint tells
     even_sigmas = False  # whether the pipeline shifts evenly spaced noise levels
 
     def __init__(self, pipe):
-        self.pipe, self.ids = pipe, None
+        self.pipe = pipe
 
-    @staticmethod
-    def latent_shape(vae, transformer, resolution):
-        """(C, H, W) from the configs of VAE and transformer. SystemExit if the resolution does not fit."""
-        scale = 2 ** (len(vae["block_out_channels"]) - 1)  # pixels per latent; 2 x 2 latents are one token
-        most = transformer.get("pos_embed_max_size", math.inf) * 2 * scale
-        fits = resolution % (2 * scale) == 0 and resolution <= most
-        require(fits, f"--resolution {resolution} must be a multiple of {2 * scale} up to {most}")
-        return vae["latent_channels"], resolution // scale, resolution // scale
+    def latent_shape(self, resolution):
+        """(C, H, W) of the latents. SystemExit if the model cannot draw pictures of this resolution."""
+        scale = 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)  # pixels per latent
+        token = 2 * scale  # pixels: a token is 2 x 2 latents
+        largest = self.pipe.transformer.config.get("pos_embed_max_size", math.inf) * token
+        fits = resolution % token == 0 and resolution <= largest
+        require(fits, f"--resolution {resolution} must be a multiple of {token} up to {largest}")
+        return self.pipe.vae.config.latent_channels, resolution // scale, resolution // scale
 
     def encode(self, prompts):
         """Text embeddings of B prompts as the pipeline makes them: a list of tensors (B, ...)."""
@@ -246,7 +264,8 @@ class SD3:
 
     def sigmas(self, steps, resolution):
         """(steps + 1,) noise levels of the pipeline's scheduler, from 1 to 0."""
-        scheduler, tokens = self.pipe.scheduler, (resolution // (2 * self.pipe.vae_scale_factor)) ** 2
+        scheduler = self.pipe.scheduler
+        tokens = (resolution // (2 * self.pipe.vae_scale_factor)) ** 2
         even = [1 - n / steps for n in range(steps)] if self.even_sigmas else None
         mu = self.shift(tokens, steps) if scheduler.config.use_dynamic_shifting else None
         scheduler.set_timesteps(steps, sigmas=even, mu=mu)
@@ -260,22 +279,34 @@ class SD3:
     def decode(self, x):
         """Latents (B, C, H, W) -> images (B, 3, H, W) in [0, 1]."""
         vae = self.pipe.vae
-        image = vae.decode((x / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)).sample
-        return self.pipe.image_processor.postprocess(image, output_type="pt")
+        x = x / vae.config.scaling_factor + vae.config.shift_factor
+        return self.pipe.image_processor.postprocess(vae.decode(x.to(vae.dtype)).sample, output_type="pt")
 
 
 class Flux(SD3):
     """FLUX.1: guidance is an input of the transformer, which sees the latents as tokens of 2 x 2."""
 
     name = "flux"
+    transformer_class, vae_class = "FluxTransformer2DModel", "AutoencoderKL"
     # [FG]: also the feed-forward layers of both streams
     targets = SD3.targets + r"|.*\.ff(_context)?\.net\.(0\.proj|2)"
-    max_sequence_length, two_pass_guidance = 512, False
+    max_sequence_length = 512
+    two_pass_guidance = False
     even_sigmas = True
     patch = 2
 
+    def __init__(self, pipe):
+        super().__init__(pipe)
+        self.ids = None
+
+    @property
+    def distilled(self):  # FLUX.1-schnell
+        return not self.pipe.transformer.config.guidance_embeds
+
     def encode(self, prompts):
-        return list(self.pipe.encode_prompt(prompts, None, max_sequence_length=self.max_sequence_length)[:2])
+        length = self.max_sequence_length
+        embeds, pooled, _ = self.pipe.encode_prompt(prompts, None, max_sequence_length=length)
+        return [embeds, pooled]
 
     def positions(self, embeds, x):
         """Position ids of text and image tokens, the same for every prompt and latent."""
@@ -284,13 +315,17 @@ class Flux(SD3):
         return {"txt_ids": x.new_zeros(embeds.shape[1], 3), "img_ids": image}
 
     def predict(self, x, sigma, text, guidance):
+        if self.ids is None:  # made once
+            self.ids = self.positions(text[0], x)
         patches = pixel_unshuffle(x, self.patch)
-        tokens, timestep = patches.flatten(2).transpose(1, 2), (sigma * 1000).to(x.dtype) / 1000
-        self.ids = self.ids or self.positions(text[0], x)  # made once
-        options = dict(zip(("encoder_hidden_states", "pooled_projections"), text)) | self.ids
+        tokens = patches.flatten(2).transpose(1, 2)
+        timestep = (sigma * 1000).to(x.dtype) / 1000  # rounded as the pipeline does
+        inputs = {"encoder_hidden_states": text[0], "timestep": timestep, "return_dict": False, **self.ids}
+        if len(text) > 1:
+            inputs["pooled_projections"] = text[1]
         if self.pipe.transformer.config.guidance_embeds:
-            options["guidance"] = x.new_full((len(x),), guidance, dtype=torch.float32)
-        velocity = self.pipe.transformer(tokens, timestep=timestep, return_dict=False, **options)[0]
+            inputs["guidance"] = torch.full((len(x),), guidance, dtype=torch.float32, device=x.device)
+        velocity = self.pipe.transformer(tokens, **inputs)[0]
         return pixel_shuffle(velocity.transpose(1, 2).reshape(patches.shape), self.patch)
 
 
@@ -298,18 +333,22 @@ class Flux2Klein(Flux):
     """FLUX.2 klein: the latent's channels are patches of 2 x 2, normalised by the VAE's batch norm."""
 
     name = "flux2"
+    transformer_class, vae_class = "Flux2Transformer2DModel", "AutoencoderKLFlux2"
     # as for FLUX.1; the single stream has one layer into attention and feed-forward, and one out of them
     targets = SD3.targets + r"|.*\.(ff(_context)?\.linear_(in|out)|attn\.to_qkv_mlp_proj)"
     targets += r"|single_transformer_blocks\.\d+\.attn\.to_out"
     patch = 1
 
-    def __init__(self, pipe):
-        super().__init__(pipe)
-        self.two_pass_guidance = not pipe.config.is_distilled  # distilled models have no guidance
+    @property
+    def distilled(self):
+        return self.pipe.config.is_distilled
 
-    @staticmethod
-    def latent_shape(vae, transformer, resolution):
-        channels, height, width = SD3.latent_shape(vae, transformer, resolution)
+    @property
+    def two_pass_guidance(self):
+        return not self.distilled
+
+    def latent_shape(self, resolution):
+        channels, height, width = super().latent_shape(resolution)
         return 4 * channels, height // 2, width // 2
 
     def encode(self, prompts):
@@ -321,15 +360,15 @@ class Flux2Klein(Flux):
         return compute_empirical_mu(tokens, steps)
 
     def positions(self, embeds, x):
-        ids = self.pipe._prepare_text_ids(embeds[:1]), self.pipe._prepare_latent_ids(x[:1])
-        return {"txt_ids": ids[0].to(x.device), "img_ids": ids[1].to(x.device)}
+        text, image = self.pipe._prepare_text_ids(embeds[:1]), self.pipe._prepare_latent_ids(x[:1])
+        return {"txt_ids": text.to(x.device), "img_ids": image.to(x.device)}
 
     def decode(self, x):
         vae = self.pipe.vae
         mean, variance = vae.bn.running_mean.view(1, -1, 1, 1), vae.bn.running_var.view(1, -1, 1, 1)
         x = x * (variance + vae.config.batch_norm_eps).sqrt().to(x.dtype) + mean.to(x.dtype)
-        image = vae.decode(self.pipe._unpatchify_latents(x).to(vae.dtype)).sample
-        return self.pipe.image_processor.postprocess(image, output_type="pt")
+        x = self.pipe._unpatchify_latents(x)
+        return self.pipe.image_processor.postprocess(vae.decode(x.to(vae.dtype)).sample, output_type="pt")
 
 
 FAMILIES = {"StableDiffusion3Pipeline": SD3, "FluxPipeline": Flux, "Flux2KleinPipeline": Flux2Klein}
@@ -340,12 +379,16 @@ def one_line(error):
 
 
 def model_index(model):
-    """The model_index.json of a folder or repository. SystemExit if it is missing or not supported."""
+    """The model_index.json of a folder or repository. SystemExit if it is missing or not supported.
+
+    Imports nothing that takes long, as the command line needs it to know a model's defaults.
+    """
     from huggingface_hub import hf_hub_download
 
     try:
-        here = Path(model).exists() or Path(model).is_absolute()
-        file = Path(model, "model_index.json") if here else hf_hub_download(model, "model_index.json")
+        folder = Path(absolute(model))
+        local = folder.exists() or folder.is_absolute()
+        file = folder / "model_index.json" if local else hf_hub_download(model, "model_index.json")
         index = json.loads(Path(file).read_text("utf-8"))
         family, scheduler = index["_class_name"], index["scheduler"][1]
     except (OSError, ValueError, KeyError) as error:  # misspelt, gated, no network, another folder
@@ -357,8 +400,8 @@ def model_index(model):
     return index
 
 
-def load_pipeline(model, dtype, resolution):
-    """The pipeline of a folder or repository; dtype: a name. SystemExit if it cannot be loaded."""
+def load_pipeline(model, dtype):
+    """The pipeline of a folder or repository; dtype: a name. SystemExit if it cannot be loaded or trained."""
     import transformers
 
     transformers.logging.set_verbosity_error()  # it warns of packages that are not needed
@@ -367,17 +410,26 @@ def load_pipeline(model, dtype, resolution):
 
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
-    index = model_index(model)
-    absent = {name: None for name, value in index.items() if isinstance(value, list) and value[0] is None}
+    options = {"use_safetensors": True, "trust_remote_code": False}  # never run code from a repository
+    dtype_option = "dtype" if Version(diffusers.__version__) >= Version("0.37") else "torch_dtype"
+    options[dtype_option] = DTYPES[dtype]
+    for name, value in model_index(model).items():
+        if isinstance(value, list) and value[0] is None:  # a part that was left out, such as SD3's T5
+            options[name] = None
     try:
-        load_config = diffusers.AutoencoderKL.load_config
-        configs = load_config(model, subfolder="vae"), load_config(model, subfolder="transformer")
-        FAMILIES[index["_class_name"]].latent_shape(*configs, resolution)  # before any weights are loaded
-        # safetensors only, and never code from a repository
-        options = {"use_safetensors": True, "trust_remote_code": False, "dtype": getattr(torch, dtype)}
-        return diffusers.DiffusionPipeline.from_pretrained(model, **options, **absent)
-    except (OSError, ValueError) as error:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(model, **options)
+    except (OSError, ValueError, ImportError) as error:
         require(False, f"--model {model} cannot be loaded: {one_line(error)}")
+    family = FAMILIES[type(pipe).__name__]
+    for part, wanted in ((pipe.transformer, family.transformer_class), (pipe.vae, family.vae_class)):
+        found = type(part).__name__
+        require(found == wanted, f"--model {model} has a {found}; it must be a {wanted}")
+        quantised = getattr(part.config, "quantization_config", None)
+        require(not quantised, f"--model {model} is quantised; use the original, with --dtype bfloat16")
+    for option in ("invert_sigmas", "stochastic_sampling", "use_beta_sigmas"):
+        problem = f"--model {model}: {option} of the scheduler is not supported; set it to false"
+        require(not pipe.scheduler.config.get(option), problem)
+    return pipe
 
 
 # ---------------------------------------------------------------- the policy: a pipeline with a LoRA adapter
@@ -388,7 +440,8 @@ class Policy:
 
     Only the adapter is trained, in float32; everything else is frozen, in its own dtype. `velocity` is the
     only path to the network: rollout, training, reference and evaluation all use it. ema_every: optimizer
-    steps per step of the moving average. max_sequence_length: T5 tokens, if different from the family's.
+    steps between updates of the moving average. max_sequence_length: T5 tokens, if different from the
+    family's.
     """
 
     def __init__(
@@ -403,7 +456,7 @@ class Policy:
         self.family = FAMILIES[type(pipe).__name__](pipe)
         if max_sequence_length is not None:
             self.family.max_sequence_length = max_sequence_length
-        self.shape = self.family.latent_shape(pipe.vae.config, pipe.transformer.config, resolution)
+        self.shape = self.family.latent_shape(resolution)
         self.resolution, self.guidance, self.micro_batch = resolution, guidance, micro_batch
         self.velocity_evals, self.compiled = 0, False
         self.dtype = self.transformer.dtype  # diffusers walks all modules for this: 8.5 ms for SD3.5
@@ -411,8 +464,11 @@ class Policy:
             torch.set_float32_matmul_precision("high")
         # cuDNN's attention is off: FLUX.1's backward pass accessed illegal memory with it (H200, torch 2.11)
         torch.backends.cuda.enable_cudnn_sdp(False)
-        self.encoders = [part for name, part in pipe.components.items() if part and "text_encoder" in name]
-        for part in (pipe.vae, pipe.transformer, *self.encoders):
+        self.encoders = torch.nn.ModuleList()
+        for name, part in pipe.components.items():
+            if name.startswith("text_encoder") and part is not None:
+                self.encoders.append(part)
+        for part in (pipe.vae, pipe.transformer, self.encoders):
             part.requires_grad_(False).eval()
         pipe.vae.to(self.device)
         pipe.transformer.to(self.device)
@@ -421,106 +477,103 @@ class Policy:
         self.transformer.add_adapter(config)
         cast_training_params(self.transformer, torch.float32)
         self.parameters = [p for p in self.transformer.parameters() if p.requires_grad]
-        for parameter in self.parameters:  # stays zero if an update skips everything
+        for parameter in self.parameters:  # a process without anything to train adds zeros
             parameter.grad = torch.zeros_like(parameter)
-        self.ema, self.ema_every = EMAModel(self.parameters, ema_decay) if ema_decay else None, ema_every
-        # The loss is averaged over the latent's elements and the update's transitions (1,024, say), so its
-        # gradients are tiny: they would be 0 in a float16 network. So the loss is multiplied by a power of
-        # two, which changes no digit.
+        self.ema, self.ema_every = None, ema_every
+        if ema_decay > 0:
+            self.ema = EMAModel(self.parameters, ema_decay)
+        # The loss is averaged over the latent's elements and the update's transitions (for example 1,024), so
+        # its gradients are tiny: they would be 0 in a float16 network. So the loss is multiplied by a power
+        # of two, which changes no digit.
         self.loss_scale = 1024 * 2.0 ** round(math.log2(math.prod(self.shape)))
         if gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
 
     def training_call(self, rows, text):
-        """Set micro_batch to `rows`, do one forward and backward pass, and zero the gradients again."""
-        self.micro_batch, evals = rows, self.velocity_evals
-        index = torch.zeros(rows, dtype=torch.long, device=self.device)
+        """Set micro_batch to `rows`, do one forward and backward pass, and zero the gradients again.
+
+        Returns the latents. Velocity evaluations are not counted.
+        """
+        evals, self.micro_batch = self.velocity_evals, rows
         x = torch.zeros(rows, *self.shape, device=self.device)
+        prompt_index = torch.zeros(rows, dtype=torch.long, device=self.device)
         try:
-            self.velocity(x, 0.5, text, index).mean().backward()
+            self.velocity(x, 0.5, text, prompt_index).mean().backward()
         finally:  # it may run out of memory halfway
-            torch._foreach_zero_([parameter.grad for parameter in self.parameters])
+            for parameter in self.parameters:
+                parameter.grad.zero_()
             self.velocity_evals = evals
         return x
 
     def compile(self, text):
-        """Compile the transformer's blocks for this micro_batch; if that fails, go on without."""
+        """Compile the transformer's blocks for this micro_batch; if that fails, continue without."""
         print("compiling, about a minute")
         if not self.transformer._repeated_blocks:  # SD3's class does not name them
             self.transformer._repeated_blocks = self.transformer._no_split_modules
+        self.transformer.compile_repeated_blocks(dynamic=False)
+        self.compiled = True
         try:
-            self.compiled = True
-            self.transformer.compile_repeated_blocks(dynamic=False)
             self.training_call(self.micro_batch, text)
         except Exception as error:  # no Triton, no C compiler, no headers
             self.compiled = False
-            for module in self.transformer.modules():
-                module._compiled_call_impl = None
+            torch.compiler.set_stance("force_eager")
             print(f"not compiled: {one_line(error)[:200]}")
 
-    def fit_micro_batch(self, text, held, most):
-        """Set micro_batch to what fits on the GPU beside `held` bytes that are not allocated yet.
+    def fits(self, rows, reserved, text):
+        """Whether training and decoding of so many latents fit on the GPU beside `reserved` bytes."""
+        torch.cuda.empty_cache()
+        try:
+            ballast = torch.empty(reserved, dtype=torch.uint8, device=self.device)
+            self.decode(self.training_call(rows, text))
+            del ballast
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            return False
+        return True
 
-        The size is extrapolated from the peak memory of 1 and 2 latents, in training and decoding, with 5%
-        left free, and tested. It is at most `most`, the latents of an update, split into equal calls.
+    def fit_micro_batch(self, text, trajectories, random_steps):
+        """Set micro_batch to what fits on the GPU, at most `trajectories`, those of this process.
+
+        What must stay free: the latents that an iteration keeps (noise, before and after each random step),
+        and at least a tenth of the card. If not even one latent fits, gradient checkpointing is switched on.
         """
-
-        def peaks(rows):
-            try:
-                torch.cuda.reset_peak_memory_stats()
-                x = self.training_call(rows, text)
-                training = torch.cuda.max_memory_allocated()
-                torch.cuda.reset_peak_memory_stats()
-                self.decode(x)
-                return training, torch.cuda.max_memory_allocated()
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-                torch.cuda.empty_cache()
-
-        one = peaks(1)
-        if not one:
-            print("one latent does not fit: gradient checkpointing is on")
-            self.transformer.enable_gradient_checkpointing()
-            one = peaks(1)
-        require(one, "out of memory with one latent; use a smaller --resolution or --reward-offload")
-        two, free = peaks(2), torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-        size = min(1 + int((0.95 * free - held - a) / max(b - a, 1)) for a, b in zip(one, two)) if two else 1
-        size = min(max(size, 1), most)
-        while size > 1 and not peaks(size):
-            size -= max(1, size // 4)
-        size = min(gather_object([size]))
-        self.micro_batch = math.ceil(most / math.ceil(most / size))
+        latents = (1 + 3 * random_steps) * trajectories * math.prod(self.shape) * 4  # bytes
+        reserved, rows = max(latents, torch.cuda.mem_get_info()[1] // 10), trajectories
+        while not self.fits(rows, reserved, text):
+            rows = rows * 9 // 10
+            if rows == 0:
+                advice = "use a smaller --resolution or --reward-offload"
+                require(not self.transformer.is_gradient_checkpointing, f"one latent does not fit; {advice}")
+                print("one latent does not fit: gradient checkpointing is on")
+                self.transformer.enable_gradient_checkpointing()
+                rows = trajectories
+        torch.cuda.empty_cache()
+        rows = min(gather_object([rows]))
+        self.micro_batch = math.ceil(trajectories / math.ceil(trajectories / rows))  # in calls of equal size
 
     @torch.no_grad()
     def encode(self, *batches):
         """Text embeddings of lists of prompts: for each list of n, tensors (n + 1, ...) on the CPU.
 
-        The last row is the empty prompt, for guidance. The encoders are on the GPU only during this call.
-        Each list is encoded in its own groups of eight, so the result does not depend on the other lists.
+        The last row is the empty prompt, for guidance. While the encoders are on the GPU, the other networks
+        wait on the CPU. Each list is encoded in its own groups of eight, so the result does not depend on the
+        other lists.
         """
-        texts, encoders = [], torch.nn.ModuleList(self.encoders).to(self.device)
+        networks = torch.nn.ModuleList([self.transformer, self.pipe.vae]).to("cpu")
+        torch.cuda.empty_cache()
+        self.encoders.to(self.device)
+        texts = []
         for prompts in batches:
             unique = list(dict.fromkeys([*prompts, ""]))
-            index = torch.tensor([unique.index(prompt) for prompt in [*prompts, ""]])
-            parts = [self.family.encode(unique[start : start + 8]) for start in range(0, len(unique), 8)]
-            texts.append([torch.cat(rows).cpu()[index] for rows in zip(*parts)])
-        encoders.to("cpu")
+            groups = [unique[start : start + 8] for start in range(0, len(unique), 8)]
+            encoded = [self.family.encode(group) for group in groups]
+            row = torch.tensor([unique.index(prompt) for prompt in [*prompts, ""]])
+            texts.append([torch.cat(parts).cpu()[row] for parts in zip(*encoded)])
+        self.encoders.to("cpu")
         torch.cuda.empty_cache()
+        networks.to(self.device)
         return texts
-
-    def print_cut_prompts(self, prompts):
-        """Print how many prompts are longer than the text encoders read."""
-        parts = self.pipe.components.items()
-        for name, tokenizer in ((name, part) for name, part in parts if part and "tokenizer" in name):
-            clip = "CLIP" in type(tokenizer).__name__
-            limit = tokenizer.model_max_length if clip else self.family.max_sequence_length
-            if tokenizer.chat_template:  # FLUX.2 reads prompts as messages
-                messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
-                prompts = tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=True)
-            cut = sum(len(ids) > limit for ids in tokenizer(prompts, verbose=False)["input_ids"])
-            if cut:
-                print(f"{name} cuts {cut} of {len(prompts)} prompts after {limit} tokens")
 
     def velocity(self, x, sigma, text, prompt_index, fill=True):
         """Velocity at x, with classifier-free guidance if it is on: (B, ...) -> (B, ...) float32.
@@ -548,37 +601,43 @@ class Policy:
             without, with_text = velocity.chunk(2)
             velocity = without + self.guidance * (with_text - without)
         self.velocity_evals += count * (2 if two_pass else 1) * (3 if grad else 1)
-        return wide(velocity[:count])
+        return to_float32(velocity[:count])
 
-    def velocity_in_micro_batches(self, x, sigma, text, prompt_index, exact=math.inf):
-        """Like velocity, for any number of latents. exact: the first `exact` get the shape of training."""
-        M, starts = self.micro_batch, range(0, len(x), self.micro_batch)
-        parts = [(x[n : n + M], sigma, text, prompt_index[n : n + M], n < exact) for n in starts]
-        return torch.cat([self.velocity(*part) for part in parts])
+    def velocity_batched(self, x, sigma, text, prompt_index, pad_first=math.inf):
+        """Like velocity, for any number of latents, a micro-batch at a time.
+
+        Micro-batches that start before row pad_first are filled, as in training; the others need not be.
+        """
+        parts = []
+        for start in range(0, len(x), self.micro_batch):
+            rows = slice(start, start + self.micro_batch)
+            parts.append(self.velocity(x[rows], sigma, text, prompt_index[rows], fill=start < pad_first))
+        return torch.cat(parts)
 
     def micro_batches(self, *tensors):
         """Split tensors of n rows into [(part, part), ...] of micro_batch rows, on the device."""
         parts = [rows.to(self.device).split(self.micro_batch) for rows in tensors]
-        return progress(list(zip(*parts)) if len(tensors[0]) else [], "micro-batches")
+        batches = list(zip(*parts)) if len(tensors[0]) > 0 else []  # split makes one part of no rows
+        return progress(batches, "micro-batches")
 
     def sigmas(self, steps):
         """(steps + 1,) noise levels of the pipeline's own scheduler, from 1 to 0."""
         return self.family.sigmas(steps, self.resolution).to(self.device)
 
-    def noise(self, prompts, each, generator):
+    def draw_noise(self, prompts, each, generator):
         """Standard normal latents of this process's prompts, `each` per prompt: (n * each, C, H, W).
 
         Drawn on the CPU for the prompts of all processes, so that it depends on neither device nor processes.
         """
         noise = torch.randn(prompts, each, *self.shape, generator=generator)
-        return share(noise).flatten(0, 1).to(self.device)
+        return my_rows(noise).flatten(0, 1).to(self.device)
 
     @torch.no_grad()
     def decode(self, x):
         """Latents -> images (B, 3, H, W) in [0, 1], float32, a micro-batch at a time."""
         return torch.cat([self.family.decode(part).float() for part in x.split(self.micro_batch)])
 
-    @contextmanager
+    @contextlib.contextmanager
     def reference(self):
         """Inside, the adapter is off and no gradients are kept: this is the base model of the KL."""
         self.transformer.disable_adapters()
@@ -598,21 +657,22 @@ class Policy:
             torch.nn.utils.vector_to_parameters(summed, gradients)
         torch._foreach_div_(gradients, self.loss_scale * processes)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, max_norm)
-        hint = "resume from the last checkpoint with a lower --learning-rate or another --dtype"
-        require(norm.isfinite(), f"the gradient is not finite; {hint}")
+        require(norm.isfinite(), "the gradient is not finite; try a lower --learning-rate or another --dtype")
         return norm
 
     def update_average(self):
         """Update the moving average of the weights, if there is one. Call after each optimizer step."""
-        if self.ema and (self.ema.optimization_step + 1) % self.ema_every:
-            self.ema.optimization_step += 1  # counts only: the warm-up goes by optimizer steps, as in [FG]
-        elif self.ema:
+        if self.ema is None:
+            return
+        if (self.ema.optimization_step + 1) % self.ema_every == 0:
             self.ema.step(self.parameters)
+        else:
+            self.ema.optimization_step += 1  # counts only: the warm-up goes by optimizer steps, as in [FG]
 
-    @contextmanager
+    @contextlib.contextmanager
     def averaged(self):
         """Inside, the weights are replaced by their moving average, once it has taken a step."""
-        average = self.ema and self.ema.optimization_step >= self.ema_every
+        average = self.ema is not None and self.ema.optimization_step >= self.ema_every
         if average:
             self.ema.store(self.parameters)
             self.ema.copy_to(self.parameters)
@@ -628,54 +688,78 @@ class Policy:
         return {name: weight.detach().cpu() for name, weight in state.items()}
 
     def save_lora(self, folder):
-        """Save the adapter as diffusers does, in a form that also works if its metadata are ignored.
+        """Save the adapter as diffusers does, with B multiplied by alpha / rank.
 
-        For this, B is multiplied by alpha / rank, and alpha = rank is written to the metadata.
+        So it needs strength 1 and no metadata, which each version of peft writes and expects differently.
         """
         from safetensors.torch import save
 
+        def write_safetensors(weights, path):  # safetensors' own save_file makes files that only you can read
+            write(path, save(weights, {"format": "pt"}))
+
         config = self.transformer.peft_config["default"]
-        scale, metadata = config.lora_alpha / config.r, config.to_dict() | {"lora_alpha": config.r}
-        weights = {name: w * scale if "lora_B" in name else w for name, w in self.lora().items()}
-        metadata = json.dumps({f"transformer.{k}": value for k, value in metadata.items()}, default=list)
-        metadata = {"format": "pt", "lora_adapter_metadata": metadata}
-        self.pipe.save_lora_weights(folder, weights, save_function=lambda w, p: write(p, save(w, metadata)))
+        weights = self.lora()
+        for name in weights:
+            if "lora_B" in name:
+                weights[name] = weights[name] * (config.lora_alpha / config.r)
+        options = {"transformer_lora_layers": weights, "save_function": write_safetensors}
+        self.pipe.save_lora_weights(folder, **options)
 
 
 def make_policy(args, trajectories):
     """The Policy for a script's settings. trajectories: most latents that are sampled together."""
-    names = "guidance lora_rank lora_alpha ema_decay ema_every device seed gradient_checkpointing"
-    pipe = load_pipeline(str(TINY) if args.model == "tiny" else args.model, args.dtype, args.resolution)
-    return Policy(
-        pipe,
+    policy = Policy(
+        load_pipeline(str(TINY) if args.model == "tiny" else args.model, args.dtype),
         args.resolution,
-        **{name: getattr(args, name) for name in names.split()},
-        micro_batch=min(args.micro_batch, trajectories) or 1,
+        guidance=args.guidance,
+        micro_batch=min(args.micro_batch or 1, trajectories),
+        lora_rank=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        ema_decay=args.ema_decay,
+        ema_every=args.ema_every,
+        device=args.device,
+        seed=args.seed,
+        gradient_checkpointing=args.gradient_checkpointing,
         max_sequence_length=0 if args.model == "tiny" else None,  # trained without T5 tokens
     )
+    if policy.family.distilled:
+        print(
+            "This model is distilled: it has no guidance, so --guidance does nothing, and it is made for few"
+        )
+        print("steps. Its authors' setting is 4: --steps 4 --eval-steps 4.")
+    return policy
 
 
 # ---------------------------------------------------------------- several processes, as torchrun starts them
 
 
 def join_processes(device):
-    """Make the PartialState, once, for a run's device. Afterwards only the first process prints."""
-    options, local, gpus = {}, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if device.startswith("cuda") and "LOCAL_RANK" in os.environ:
+    """Join the processes that torchrun started, if any; then only the first prints. SystemExit if the device
+    cannot be used.
+    """
+    cuda, options = device.startswith("cuda"), {}
+    if cuda and "LOCAL_RANK" in os.environ:
+        local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         fits = device == "cuda" and local <= gpus
         require(fits, f"{local} processes need {local} GPUs and --device cuda; there are {gpus}")
         options["backend"] = "cuda:nccl,cpu:gloo"
-    if not PartialState(cpu=not device.startswith("cuda"), **options).is_main_process:
+    if not PartialState(cpu=not cuda, **options).is_main_process:
         sys.stdout = open(os.devnull, "w")
+    try:
+        torch.zeros(1, device=device).item()
+        if device.startswith("cuda:"):  # so that memory is measured there, too
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError) as error:
+        require(False, f"--device {device} cannot be used: {one_line(error)}; try cpu")
 
 
-def share(rows):
+def my_rows(rows):
     """This process's part of the rows of all processes: with n processes, every n-th row."""
     return rows[PartialState().process_index :: PartialState().num_processes]
 
 
 def gather(rows):
-    """The rows of all processes, in the order they had before share, on the CPU."""
+    """The rows of all processes, in the order they had before my_rows, on the CPU."""
     parts = gather_object([rows.cpu()])
     whole = torch.cat(parts)
     for process, part in enumerate(parts):
@@ -683,24 +767,34 @@ def gather(rows):
     return whole
 
 
+def total(number):
+    """The sum of a number over all processes."""
+    return sum(gather_object([number]))
+
+
 def progress(items, label, **options):
     """A progress bar around an iterable, in the terminal of the first process."""
-    hidden = None if PartialState().is_main_process else True
-    return tqdm(items, desc=label, **{"leave": False, "disable": hidden} | options)
+    disable = None if PartialState().is_main_process else True  # None: if there is no terminal
+    return tqdm(items, desc=label, **{"leave": False, "disable": disable} | options)
 
 
 # ---------------------------------------------------------------- the run: evaluation, checkpoint, log
 
 
 def score(policy, reward, latents, prompts, at_once=64):
-    """Decode and score N latents, about at_once at a time, as 10,000 branches would be 32 GB of images.
+    """Decode and score N latents, about at_once at a time: 10,000 branches would be 32 GB of images.
 
     Returns scores (N,), and {name: scores (N,)} of the reward's parts.
     """
-    size = -(-at_once // policy.micro_batch) * policy.micro_batch
-    slices = [slice(start, start + size) for start in range(0, len(latents), size)]
-    scores, parts = zip(*[reward(policy.decode(latents[part]), prompts[part]) for part in slices])
-    return torch.cat(scores), {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    size = math.ceil(at_once / policy.micro_batch) * policy.micro_batch
+    scores, parts = [], {}
+    for start in range(0, len(latents), size):
+        rows = slice(start, start + size)
+        sums, named = reward(policy.decode(latents[rows]), prompts[rows])
+        scores.append(sums)
+        for name, values in named.items():
+            parts.setdefault(name, []).append(values)
+    return torch.cat(scores), {name: torch.cat(values) for name, values in parts.items()}
 
 
 def reward_metrics(rewards, parts, group_size, zero_std_groups):
@@ -708,14 +802,15 @@ def reward_metrics(rewards, parts, group_size, zero_std_groups):
 
     reward_std/<name>: std within a group, averaged over groups; shows how much each part of a sum counts.
     """
-    rewards, shares = gather(rewards), gather_object([zero_std_groups])
+    rewards, processes = gather(rewards), PartialState().num_processes
     metrics = {"images": len(rewards)}
     metrics |= {"reward_mean": rewards.mean().item(), "reward_std": rewards.std().item()}
     for name, scores in parts.items():
         metrics[f"reward/{name}"] = gather(scores).mean().item()
         spread = scores.view(-1, group_size).std(-1, correction=0)
         metrics[f"reward_std/{name}"] = gather(spread).mean().item()
-    return metrics | {"zero_std_groups": sum(shares) / len(shares)}
+    metrics["zero_std_groups"] = total(zero_std_groups) / processes
+    return metrics
 
 
 def save_pictures(images, captions, folder, iteration, size=192, columns=4):
@@ -730,8 +825,11 @@ def save_pictures(images, captions, folder, iteration, size=192, columns=4):
     for tile, caption in zip(tiles, captions):
         text = "\n".join(textwrap.wrap(caption, 30)[:3])
         ImageDraw.Draw(tile).text((4, size + 6), text, "black", font_size=13)
-    tiles += [Image.new("RGB", tiles[0].size, "white")] * (-len(tiles) % columns)
+    while len(tiles) % columns != 0:
+        tiles.append(Image.new("RGB", tiles[0].size, "white"))
     make_image_grid(tiles, len(tiles) // columns, columns).save(folder / f"{iteration}.png")
+    if not (folder / "0.png").exists():  # somebody tidied up
+        return
     both = [ImageOps.expand(Image.open(folder / f"{n}.png"), 6, "grey") for n in (0, iteration)]
     make_image_grid(both, rows=1, cols=2).save(folder / "compare.png")
 
@@ -751,72 +849,85 @@ def plot_progress(lines, path):
 
 
 def write(path, data):
-    """Write bytes to a file. After a crash the file is complete: the old one or the new one."""
-    with open(f"{path}.tmp", "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+    """Write bytes to a file that is always complete: after a crash or on a full disk it is the old one."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 class Run:
     """A run and its folder: everything but the algorithm. The first process writes and prints.
 
-    With --resume, restores weights, optimizer and counters from the last checkpoint. iteration: the last
-    complete iteration, None before the base model is evaluated. stored: number of latents that a rollout
-    keeps; states: number of latents that an update trains on.
+    lines: the metrics of all complete iterations, where iteration 0 is the evaluation of the base model.
+    With --resume they, weights and optimizer come from the last checkpoint. trajectories: as in make_policy.
     """
 
-    def __init__(self, args, policy, optimizer, reward, eval_reward, stored, states):
+    def __init__(self, args, policy, optimizer, reward, eval_reward, trajectories):
         self.args, self.policy, self.optimizer, self.folder = args, policy, optimizer, Path(args.output)
-        self.reward, self.eval_reward, self.prompts = reward, eval_reward, read_prompts(args.prompts)
-        self.iteration, self.images, self.best, self.lines = None, 0, None, []
-        self.texts, self.measured, self.current = {}, {}, ("", 0.0)
-        self.eval_prompts = read_prompts(args.eval_prompts)[:64]
-        names = "reward eval_steps eval_seeds eval_hybrid guidance resolution"  # what eval_reward depends on
-        self.measure = [self.eval_prompts, *(getattr(args, name, None) for name in names.split())]
+        self.reward, self.eval_reward = reward, eval_reward
+        self.prompts, self.eval_prompts = read_prompts(args.prompts), held_out_prompts(args)
+        self.lines, self.texts, self.seconds, self.phase_start = [], {}, {}, None
         self.header = "iteration    reward evaluated   clipped  gradient\n"
-        policy.print_cut_prompts(self.prompts)
+        config = run_config(args)
         if args.resume:
             self.load()
         (self.eval_text,) = policy.encode(self.eval_prompts)
-        text = self.text((self.iteration or 0) + 1)[1] if self.iteration != args.iterations else None
-        if args.micro_batch == 0 and text:
-            adamw = 2 * sum(parameter.nbytes for parameter in policy.parameters)
-            policy.fit_micro_batch(text, 4 * math.prod(policy.shape) * stored + adamw, states)
-            args.micro_batch = policy.micro_batch
-            args.gradient_checkpointing = policy.transformer.is_gradient_checkpointing
-        if args.compile and text:
-            policy.compile(text)
+        if self.done < args.iterations:
+            text = self.text(self.done + 1)[1]
+            if args.micro_batch == 0 and policy.device.type == "cuda":
+                policy.fit_micro_batch(text, trajectories, parse_sde_steps(args)[1])
+            if args.compile:
+                policy.compile(text)
         print(f"{policy.micro_batch} latents at a time")
+        self.tracker = None
         if PartialState().is_main_process:
-            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
-            write(self.folder / "config.json", json.dumps(run_config(args), indent=1).encode())
-            lines = "".join(json.dumps(line) + "\n" for line in self.lines)
-            write(self.folder / "metrics.jsonl", lines.encode())
+            try:
+                (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+                write(self.folder / "config.json", json.dumps(config, indent=1).encode())
+                lines = "".join(json.dumps(line) + "\n" for line in self.lines)
+                write(self.folder / "metrics.jsonl", lines.encode())
+            except OSError as error:
+                require(False, f"--output {self.folder} cannot be written: {one_line(error)}")
+            if args.log_with:
+                self.tracker = start_tracker(args, config["tracker_id"])
+
+    @property
+    def done(self):
+        """The last complete iteration."""
+        return self.lines[-1]["iteration"] if self.lines else 0
 
     def remaining(self):
         """The iterations still to run, with a progress bar."""
-        done, total = self.iteration, self.args.iterations
-        return progress(range(done + 1, total + 1), "iterations", initial=done, total=total, leave=True)
+        iterations = range(self.done + 1, self.args.iterations + 1)
+        return progress(iterations, "iterations", initial=self.done, total=self.args.iterations, leave=True)
 
     def text(self, iteration):
         """This process's prompts of an iteration, and their text. Encodes ten iterations at once."""
         if iteration not in self.texts:
-            count, seed = self.args.prompts_per_iteration, self.args.seed
-            ahead = range(iteration, min(iteration + 10, self.args.iterations + 1))
-            batches = [share(iteration_prompts(self.prompts, count, n, seed)) for n in ahead]
-            self.texts = dict(zip(ahead, zip(batches, self.policy.encode(*batches))))
+            count, last = self.args.prompts_per_iteration, self.args.iterations
+            ahead = range(iteration, min(iteration + 10, last + 1))
+            batches = [my_rows(iteration_prompts(self.prompts, count, n, self.args.seed)) for n in ahead]
+            texts = self.policy.encode(*batches)
+            self.texts = {n: (prompts, text) for n, prompts, text in zip(ahead, batches, texts)}
         prompts, text = self.texts[iteration]
         return prompts, [rows.to(self.policy.device) for rows in text]
 
     def phase(self, name):
-        """End the previous phase, log its seconds as <phase>_s, and begin another."""
+        """End the previous phase and begin another. The seconds of each are logged as <phase>_s."""
         if self.policy.device.type == "cuda":
             torch.cuda.synchronize()
-        before, start = self.current
-        self.measured[f"{before}_s"] = round(time.perf_counter() - start, 3)
-        self.current = name, time.perf_counter()
+        now = time.perf_counter()
+        if self.phase_start is not None:
+            before, start = self.phase_start
+            self.seconds[f"{before}_s"] = round(now - start, 3)
+        self.phase_start = None if name is None else (name, now)
 
     @torch.no_grad()
     def evaluate(self, iteration, tuned_share=1.0):
@@ -827,17 +938,18 @@ class Run:
         self.phase("eval")
         args, policy, evals = self.args, self.policy, self.policy.velocity_evals
         prompts = [prompt for prompt in self.eval_prompts for _ in range(args.eval_seeds)]
-        noise = policy.noise(len(prompts), 1, generator(0, "evaluation", 0))
-        index = share(torch.arange(len(prompts), device=policy.device) // args.eval_seeds)
+        noise = policy.draw_noise(len(prompts), 1, generator(0, "evaluation", 0))
+        index = my_rows(torch.arange(len(prompts), device=policy.device) // args.eval_seeds)
         text = [rows.to(policy.device) for rows in self.eval_text]
         sigmas, latents = policy.sigmas(args.eval_steps), []
         with policy.averaged():
             for x, rows in policy.micro_batches(noise, index):
                 latents.append(ode_sample(policy, x, text, rows, sigmas, tuned_share))
         latents, policy.velocity_evals = torch.cat(latents), evals
-        scores, parts = score(policy, self.reward, latents, share(prompts))
+        scores, parts = score(policy, self.reward, latents, my_rows(prompts))
         if self.eval_reward:
-            parts |= score(policy, self.eval_reward, latents, share(prompts))[1]
+            _, more = score(policy, self.eval_reward, latents, my_rows(prompts))
+            parts |= more
         scores, latents = gather(scores), gather(latents)
         parts = {name: gather(values) for name, values in parts.items()}
         if PartialState().is_main_process:
@@ -850,112 +962,156 @@ class Run:
         metrics = {f"eval/{name}": values.mean().item() for name, values in parts.items()}
         return {"eval_reward": scores.mean().item()} | metrics
 
-    def save(self, iteration, metrics):
-        """Save a complete iteration: its metrics, the adapter if it was evaluated, then the checkpoint.
+    def record(self, metrics):
+        """Save and show a complete iteration: metrics, adapter if it was evaluated, checkpoint.
 
-        In this order no line of metrics is missing after a crash; lines after the checkpoint are dropped.
+        Metrics are written before the checkpoint, so a crash loses none; resuming drops newer lines.
         """
-        self.phase("")
-        evals = sum(gather_object([self.policy.velocity_evals]))
-        self.measured.pop("_s")
+        self.phase(None)
+        metrics |= self.seconds
+        metrics["images"] = metrics.get("images", 0) + (self.lines[-1]["images"] if self.lines else 0)
+        metrics["velocity_evals"] = total(self.policy.velocity_evals)
         if self.policy.device.type == "cuda":
-            self.measured["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
+            metrics["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
             torch.cuda.reset_peak_memory_stats()
-        self.images += metrics.get("images", 0)
-        metrics |= self.measured | {"images": self.images, "velocity_evals": evals}
-        self.measured, self.iteration = {}, iteration
+        for name, value in metrics.items():
+            if isinstance(value, float) and not math.isfinite(value):  # JSON has no such numbers
+                metrics[name] = None
+        self.lines.append(metrics)
+        self.seconds, iteration = {}, metrics["iteration"]
         if not PartialState().is_main_process:
             return
-        self.lines.append(json.loads(json.dumps(metrics), parse_constant=lambda _: None))  # nan is not JSON
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(self.lines[-1]) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        if iteration and "eval_reward" in metrics:
+            file.write(json.dumps(metrics) + "\n")
+        if iteration > 0 and "eval_reward" in metrics:
             with self.policy.averaged():
-                self.policy.save_lora(self.folder / "lora")
-                if self.best is None or metrics["eval_reward"] > self.best[0]:
-                    self.best = [metrics["eval_reward"], iteration, self.measure]
-                    self.policy.save_lora(self.folder / "lora_best")
+                self.policy.save_lora(self.folder / "lora" / str(iteration))
         if iteration % self.args.save_every == 0 or iteration == self.args.iterations:
-            state = {"iteration": iteration, "images": self.images, "velocity_evals": evals}
-            state |= {"best": self.best, "lora": self.policy.lora(), "optimizer": self.optimizer.state_dict()}
-            state |= {"ema": self.policy.ema and self.policy.ema.state_dict()}
-            torch.save(state, buffer := io.BytesIO())  # written to a file, a full disk is no OSError
-            write(self.folder / "checkpoint.pt", buffer.getbuffer())
+            self.save()
+        self.show(metrics)
+
+    def save(self):
+        """Write the checkpoint: all that load needs."""
+        ema = self.policy.ema
+        state = {
+            "lines": self.lines,
+            "lora": self.policy.lora(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": None if ema is None else ema.state_dict(),
+        }
+        buffer = io.BytesIO()  # written to a file directly, a full disk is no OSError
+        torch.save(state, buffer)
+        write(self.folder / "checkpoint.pt", buffer.getbuffer())
 
     def load(self):
         """Restore what save stored. Settings given together with --resume are kept."""
         from peft import set_peft_model_state_dict
 
-        policy, path, file = self.policy, self.folder / "checkpoint.pt", self.folder / "metrics.jsonl"
-        lines = file.read_text("utf-8", errors="replace").splitlines() if file.exists() else []
-        if not path.exists() and len(lines) < 2:  # it ended before its first checkpoint
+        policy, path, metrics = self.policy, self.folder / "checkpoint.pt", self.folder / "metrics.jsonl"
+        if not path.exists():  # it ended before its first checkpoint, or somebody deleted it
+            started = metrics.exists() and len(metrics.read_bytes().splitlines()) > 1
+            require(not started, f"{path} is missing; start a new run")
             return
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            self.iteration, self.images, self.best = state["iteration"], state["images"], state["best"]
-            self.lines = [json.loads(line) for line in lines[: self.iteration + 1]]
-            complete = len(self.lines) == self.iteration + 1
+            self.lines, adapter, ema = state["lines"], state["lora"], state["ema"]
+            differ = adapter.keys() ^ policy.lora().keys()
+            problem = f"{min(differ)} is only in one of adapter and model" if differ else ""
         except Exception as error:  # damaged files raise errors of many kinds
-            require(False, f"{path} or metrics.jsonl cannot be read: {one_line(error)}; start a new run")
-        require(complete, f"{file} has fewer lines than {self.iteration + 1}; start a new run")
-        done, asked = self.iteration, self.args.iterations
-        require(asked >= done, f"--iterations {asked} must be at least {done}, which are done")
-        if self.best and self.best[2] != self.measure:
-            self.best = None
-            print("evaluations differ from those before: the best adapter is chosen anew")
-        policy.velocity_evals = state["velocity_evals"] if PartialState().is_main_process else 0
-        set_peft_model_state_dict(policy.transformer, state["lora"])
+            problem = one_line(error)
+        require(not problem, f"{path} cannot be resumed: {problem}; start a new run")
+        policy.velocity_evals = self.lines[-1]["velocity_evals"] if PartialState().is_main_process else 0
+        set_peft_model_state_dict(policy.transformer, adapter)
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:  # load_state_dict restored the old one
             group["lr"] = self.args.learning_rate
-        if policy.ema and state["ema"]:
-            policy.ema.load_state_dict(state["ema"] | {"decay": self.args.ema_decay})
+        if policy.ema is not None and ema is not None:
+            policy.ema.load_state_dict(ema | {"decay": self.args.ema_decay})
             policy.ema.to(policy.device)
-        elif policy.ema:  # a new average, of the weights as they are now
+        elif policy.ema is not None:  # a new average, of the weights as they are now
             policy.ema.shadow_params = [parameter.detach().clone() for parameter in policy.parameters]
 
-    def log(self, iteration, metrics):
-        """Show a saved iteration: in the terminal, in samples/progress.png if evaluated, on wandb."""
-        if not PartialState().is_main_process:
-            return
-        off = metrics.get("ratio_first_error") or 0.0
-        if iteration == 1 and not off < 0.1 * self.args.clip_range:
-            print(f"warning: before any update the ratio differs from 1 by {off:.1e}: rollout and training")
-            print("disagree, so later ratios are wrong as well. Try --no-compile and another --dtype.")
-        clipped = metrics["clip_low"] + metrics["clip_high"] if iteration else None
+    def show(self, metrics):
+        """Show an iteration in the terminal, in samples/progress.png if evaluated, in the tracker."""
+        iteration, off = metrics["iteration"], metrics.get("ratio_first_error")
+        if off is not None and off > 0.1 * self.args.clip_range:
+            tqdm.write(
+                f"warning: before any update the ratio differs from 1 by {off:.1e}: rollout and training"
+            )
+            tqdm.write("disagree, so later ratios are wrong as well. Try --no-compile and another --dtype.")
+        clipped = None
+        if metrics.get("clip_low") is not None:
+            clipped = metrics["clip_low"] + metrics["clip_high"]
         row = metrics.get("reward_mean"), metrics.get("eval_reward"), clipped, metrics.get("grad_norm")
-        cells = "".join(f"{'' if value is None else format(value, '.4g'):>10}" for value in row)
-        tqdm.write(f"{self.header}{iteration:9d}{cells}")
+        cells = ["" if value is None else f"{value:.4g}" for value in row]
+        tqdm.write(f"{self.header}{iteration:9d}" + "".join(f"{cell:>10}" for cell in cells))
         self.header = ""
         if "eval_reward" in metrics:
             plot_progress(self.lines, self.folder / "samples" / "progress.png")
-        if self.args.wandb:
-            sys.modules["wandb"].log(self.lines[-1], step=iteration)
+        if self.tracker is not None:
+            picture = self.folder / "samples" / f"{iteration}.png" if "eval_reward" in metrics else None
+            log_to_tracker(self.tracker, metrics, picture)
 
     def summary(self):
         """Print two lines: the results of the run, and its files."""
-        scores = [line["eval_reward"] for line in self.lines if "eval_reward" in line]
-        minutes = sum(line[name] for line in self.lines for name in line if name.endswith("_s")) / 60
-        if self.best:
-            best, at, _ = self.best
-            print(f"eval_reward {scores[0]:.3f} -> {scores[-1]:.3f}, best {best:.3f} at {at};", end=" ")
-            print(f"{minutes:.1f} minutes, {self.lines[-1]['velocity_evals']:,} velocity evaluations")
-            print(*(self.folder / name for name in ("samples/compare.png", "lora", "lora_best")), sep="  ")
+        if self.tracker is not None:
+            self.tracker.finish()
+        scores = {line["iteration"]: line["eval_reward"] for line in self.lines if "eval_reward" in line}
+        base = scores.pop(0)
+        if not scores:
+            return
+        best, minutes = max(scores, key=scores.get), 0.0
+        for line in self.lines:
+            minutes += sum(value for name, value in line.items() if name.endswith("_s")) / 60
+        print(
+            f"eval_reward {base:.3f} -> {scores[max(scores)]:.3f}, best {scores[best]:.3f} at {best};",
+            end=" ",
+        )
+        print(f"{minutes:.1f} minutes, {self.lines[-1]['velocity_evals']:,} velocity evaluations")
+        print(self.folder / "samples" / "compare.png", self.folder / "lora" / str(best), sep="  ")
 
 
 def run_config(args):
-    """The content of config.json: script, all settings as used, versions, commit, command."""
-    try:
-        git = ["git", "-C", str(TINY.parents[1]), "rev-parse", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    except OSError:  # git is not installed
-        commit = None
+    """The content of config.json: script, all settings as asked, versions, command, the tracker's run."""
     versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
+    tracker_id = uuid.uuid4().hex[:8]
+    if args.resume:
+        before = json.loads(Path(args.output, "config.json").read_text("utf-8"))
+        tracker_id = before.get("tracker_id", tracker_id)
     config = {"script": args.script, "settings": asdict(args) | {"resume": None}, "versions": versions}
-    wandb_id = sys.modules["wandb"].run.id if args.wandb else None
-    return config | {"commit": commit, "command": " ".join(sys.argv), "wandb_id": wandb_id}
+    return config | {"command": " ".join(sys.argv), "tracker_id": tracker_id}
+
+
+def start_tracker(args, tracker_id):
+    """Start one of accelerate's trackers; a resumed run continues the tracker's run of this id."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    kind = LOGGER_TYPE_TO_CLASS[args.log_with]
+    if args.log_with == "wandb":
+        project = os.environ.get("WANDB_PROJECT", "flow-grpo")
+        tracker = kind(project, name=Path(args.output).name, id=tracker_id, resume="allow")
+    elif kind.requires_logging_directory:
+        tracker = kind(args.log_with, args.output)
+    else:
+        tracker = kind(Path(args.output).name)
+    tracker.start()
+    if args.log_with == "wandb":  # its own step must rise, but a resumed run may repeat iterations
+        tracker.tracker.define_metric("*", step_metric="iteration")
+    tracker.store_init_configuration({k: v for k, v in asdict(args).items() if v is not None})
+    return tracker
+
+
+def log_to_tracker(tracker, metrics, picture):
+    """Send the numbers of an iteration, and a file with pictures if there is one."""
+    from PIL import Image
+
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+    step = None if tracker.name == "wandb" else metrics["iteration"]
+    tracker.log(numbers, step=step)
+    if picture is not None and hasattr(tracker, "log_images"):
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        with Image.open(picture) as grid:
+            tracker.log_images({"samples": numpy.asarray(grid)[None]}, step=step, **layout)
 
 
 # ---------------------------------------------------------------- the command line
@@ -963,29 +1119,29 @@ def run_config(args):
 
 @dataclass
 class Args:
-    """Settings shared by all scripts; comments are help texts. Defaults of None are set in parse_args."""
+    """Settings shared by all scripts; comments are help texts. parse_args sets what depends on the model."""
 
-    prompts: str | None = None  # text file with one prompt per line, or .jsonl; default: the tiny model's
-    model: str | None = None  # repository or folder; default: SD3.5 Medium if --prompts and CUDA, else tiny
-    reward: str | None = None  # name, or a sum pickscore=0.7,ocr=0.3; default: pickscore, shapes for tiny
-    output: str | None = None  # run folder; default: runs/SCRIPT-MODEL-SEED-TIME
+    prompts: str | None = None  # text file with one prompt per line, or .jsonl; None: the tiny model's
+    model: str | None = None  # diffusers repository or folder, or tiny
+    reward: str | None = None  # name, or weighted sum such as pickscore=0.7,ocr=0.3
+    output: str | None = None  # run folder; None: runs/SCRIPT-MODEL-SEED-TIME
     resume: str | None = None  # run folder to resume; options given with it override that run's settings
-    seed: int = 0  # random seed for everything
-    device: str | None = None  # cuda or cpu; default: cuda if there is a GPU
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # frozen weights; default: bfloat16 on CUDA
-    compile: bool = False  # compile the transformer's blocks; default: on for real models on CUDA
+    seed: int = 0  # random seed of training; evaluations always use the same noise
+    device: str | None = None  # cuda, cuda:N or cpu
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # dtype of the frozen weights
+    compile: bool = False  # compile the transformer's blocks
     gradient_checkpointing: bool = False  # saves memory, takes a third longer to train
-    micro_batch: int = 3  # M, latents per forward pass; 0 finds what fits (default of real models on CUDA)
+    micro_batch: int = 3  # M, latents per forward pass; 0 finds what fits on the GPU
     lora_rank: int = 32  # LoRA rank
     lora_alpha: float = 64.0  # LoRA alpha; the adapter is scaled by alpha / rank
-    eval_prompts: str | None = None  # file, of which 64 are used; default: --prompts, or tiny's held-out ones
+    eval_prompts: str | None = None  # file, the first 64 are used; None: --prompts, or tiny's held-out ones
     eval_every: int = 30  # iterations between evaluations
     eval_steps: int = 40  # ODE steps of an evaluation
     eval_seeds: int = 1  # images per prompt in an evaluation
     eval_reward: str | None = None  # other rewards, logged as eval/<name>, not used in training
     reward_offload: bool = False  # keep unused reward models on the CPU
     save_every: int = 1  # iterations between checkpoints
-    wandb: str | None = None  # also log to this wandb project; needs wandb installed
+    log_with: str | None = None  # also log to wandb, tensorboard or another tracker of accelerate
 
 
 NOISE_LEVELS = {"flow": 0.7, "dance": 0.3, "cps": 0.8, "precise": 1.5}  # [FG], [DG], [CPS], [PR]
@@ -1000,61 +1156,56 @@ def parse_args(script, args_class, defaults, argv=None):
     import tyro
 
     first = ArgumentParser(add_help=False, allow_abbrev=False)  # options that decide the other defaults
-    for name in ("model", "prompts", "resume", "sde", "device"):
+    for name in ("model", "prompts", "resume", "sde", "device", "output"):
         first.add_argument(f"--{name}")
     given, _ = first.parse_known_args(argv)
     stored = {} if given.resume is None else resumed_settings(script, args_class, given.resume)
-    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = given.device or stored.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.startswith("cuda")
-    default = "stabilityai/stable-diffusion-3.5-medium" if given.prompts and cuda else "tiny"
-    model = given.model or stored.get("model", default)
-    model = model if model == "tiny" else absolute(model)
+    join_processes(device)
+
+    model = given.model or stored.get("model")
+    if model is None:
+        model = "stabilityai/stable-diffusion-3.5-medium" if given.prompts and cuda else "tiny"
+        if given.prompts and model == "tiny":
+            print("No CUDA GPU here: training the tiny model, which can only draw a few coloured shapes.")
     require(model != "tiny" or TINY.is_dir(), f"the tiny model is not there: copy {TINY}, or give --model")
     family = "tiny" if model == "tiny" else FAMILIES[model_index(model)["_class_name"]].name
-    settings = {"device": device, "reward": "shapes" if family == "tiny" else "pickscore"} | defaults[family]
-    own = args_class(**settings)
+    settings = {"reward": "shapes" if family == "tiny" else "pickscore"}
     if cuda and family != "tiny":
-        settings = {"dtype": "bfloat16", "compile": True} | settings | {"micro_batch": 0}
-    settings |= stored | {"model": model}
-    if given.sde and given.sde != settings.get("sde", own.sde):  # each sampler has its own noise level
-        settings["noise_level"] = (
-            own.noise_level if given.sde == own.sde else NOISE_LEVELS.get(given.sde, 0.7)
-        )
+        # a GPU without bfloat16 emulates it slowly; FLUX.1 overflows in float16
+        bfloat16 = family == "flux" or torch.cuda.is_bf16_supported(including_emulation=False)
+        settings |= {"dtype": "bfloat16" if bfloat16 else "float16", "compile": True, "micro_batch": 0}
+    settings |= defaults[family]
+    own = args_class(**settings)
+    if given.sde in NOISE_LEVELS and given.sde != stored.get("sde", own.sde):  # each has its own noise level
+        stored["noise_level"] = own.noise_level if given.sde == own.sde else NOISE_LEVELS[given.sde]
+    settings |= stored | {"model": absolute(model), "device": device}
     args = tyro.cli(args_class, default=args_class(**settings), args=argv, prog=f"{script}.py")
-    args.script, args.model = script, model
-    args.micro_batch = args.micro_batch or (0 if args.device.startswith("cuda") else own.micro_batch)
-    for name in ("model", "seed", "lora_rank", "lora_alpha", "output") if stored else ():
-        same = getattr(args, name) == stored[name]
+
+    args.script, args.model = script, absolute(model)
+    for name in ("lora_rank", "lora_alpha", "output"):
+        same = name not in stored or getattr(args, name) == stored[name]
         require(same, f"--resume cannot change --{name.replace('_', '-')}; start a new run")
     require(args.prompts or family == "tiny", "a model other than tiny needs --prompts FILE")
-    args.prompts, args.eval_prompts = absolute(args.prompts), absolute(args.eval_prompts)
-    args.eval_prompts = args.eval_prompts or args.prompts or "tiny:eval_prompts.txt"
-    args.prompts = args.prompts or "tiny:prompts.txt"
-    args.reward, args.eval_reward = absolute_files(args.reward), absolute_files(args.eval_reward)
     check_numbers(args)
-    read_prompts(args.prompts), read_prompts(args.eval_prompts)
-    now = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-    default = f"runs/{script}-{Path(model).name}-{args.seed}-{now}"
-    folder = Path(os.path.expanduser(args.output or default))
-    try:
-        new = not folder.exists() or not any(folder.iterdir())
-        parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        fits = (stored or new) and parent.is_dir() and os.access(parent, os.W_OK)
-    except OSError:  # it is a file, or has too long a name
-        fits = False
-    require(fits, f"--output {folder} already exists or cannot be written; give another, or --resume it")
-    args.output = str(folder)
-    join_processes(args.device)
-    try:
-        torch.zeros(1, device=args.device).item()
-        if args.device.startswith("cuda:"):  # so that memory is measured there, too
-            torch.cuda.set_device(args.device)
-    except (RuntimeError, AssertionError) as error:
-        require(False, f"--device {args.device} cannot be used: {one_line(error)}; try cpu")
-    if family == "tiny" and given.prompts and not given.model and not stored:
-        print("No CUDA GPU here: training the tiny model, which can only draw a few coloured shapes.")
-    if args.wandb and PartialState().is_main_process:
-        start_wandb(args)
+    read_prompts(args.prompts)
+    held_out_prompts(args)
+    if args.output is None:
+        now = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+        args.output = f"runs/{script}-{Path(model).name}-{args.seed}-{now}"
+    args.output = str(Path(os.path.expanduser(args.output)).absolute())
+    new = args.resume is not None or not Path(args.output, "checkpoint.pt").exists()
+    require(new, f"--output {given.output} already holds a run; give another, or --resume it")
+    # a reward may change the working directory, and a run may be resumed from another one
+    args.prompts, args.eval_prompts = absolute(args.prompts), absolute(args.eval_prompts)
+    args.reward, args.eval_reward = absolute_files(args.reward), absolute_files(args.eval_reward)
+    if args.log_with is not None:
+        from accelerate.tracking import get_available_trackers
+
+        installed = [tracker.value for tracker in get_available_trackers()]
+        hint = f"installed are: {', '.join(installed) or 'none'}; pip install {args.log_with}"
+        require(args.log_with in installed, f"--log-with {args.log_with} is unknown or not installed; {hint}")
     return args
 
 
@@ -1065,19 +1216,28 @@ def require(condition, message):
 
 
 def absolute(path):
-    """The absolute path of a file or folder that exists, so that resume works from anywhere."""
+    """The absolute path of a file or folder that exists; anything else (a repository, None) is returned."""
     full = os.path.expanduser(path or "")
-    return str(Path(full).absolute()) if os.path.exists(full) else path
+    return str(Path(full).absolute()) if os.path.exists(full) and path != "tiny" else path
 
 
 def absolute_files(spec):
-    """A reward spec with absolute paths of its files and folders."""
-    return spec and re.sub(r"[^,:=]*[/.~][^,:=]*", lambda match: absolute(match[0].strip()), spec)
+    """A reward spec, NAME:FOLDER=0.5,FILE.py:FUNCTION, with absolute paths of its files and folders."""
+    parts = []
+    for part in (spec or "").split(","):
+        name, equals, weight = part.strip().partition("=")
+        first, colon, last = name.rpartition(":")
+        if os.path.exists(os.path.expanduser(first)):  # FILE.py:FUNCTION
+            name = f"{absolute(first)}:{last}"
+        elif colon and os.path.exists(os.path.expanduser(last)):  # NAME:FOLDER
+            name = f"{first}:{absolute(last)}"
+        parts.append(name + equals + weight)
+    return ",".join(parts) or None
 
 
 def resumed_settings(script, args_class, folder):
     """The settings of the run in a folder. SystemExit if this script cannot resume it."""
-    folder = Path(os.path.expanduser(folder))
+    folder = Path(os.path.expanduser(folder)).absolute()
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
         owner, settings = config["script"], config["settings"]
@@ -1086,93 +1246,93 @@ def resumed_settings(script, args_class, folder):
         require(False, f"--resume {folder} is not a run folder: {one_line(error)}")
     require(owner == script, f"--resume {folder} is a run of {owner}.py; start a new run")
     require(not differ, f"--resume {folder} is of another version, with other settings: {', '.join(differ)}")
-    if settings["eval_prompts"] == settings["prompts"]:  # the default, if --prompts is given again, too
-        settings["eval_prompts"] = None
     return settings | {"resume": str(folder), "output": str(folder)}
 
 
 def check_numbers(args):
     """SystemExit for numbers that would silently train nonsense."""
-    shares = {"ema_decay", "clip_range", "chunk_fraction", "eval_hybrid"}
-    shares |= {"noise_level"} if args.sde == "cps" else set()
+    lowest = dict.fromkeys(("seed", "kl_coef", "ema_decay", "micro_batch", "sde_steps_per_iteration"), 0)
+    lowest |= {"steps": 2, "guidance": 1, "noise_level": 1e-3}  # a random step without noise has no log-prob
+    highest = dict.fromkeys(("ema_decay", "clip_range", "chunk_fraction", "eval_hybrid"), 1)
+    highest |= {"noise_level": 1} if args.sde == "cps" else {}
     for name, value in asdict(args).items():
         if isinstance(value, int | float) and not isinstance(value, bool):
-            lowest = 0 if name in ("seed", "kl_coef", "ema_decay", "guidance", "micro_batch") else 1e-30
-            lowest = 1e-3 if name == "noise_level" else lowest  # a random step without noise has no log-prob
-            highest = 1 if name in shares else 2**31
-            fits = lowest <= value <= highest  # false for nan
-            limits = f"{'over 0' if lowest == 1e-30 else f'at least {lowest}'} and at most {highest}"
+            low, high = lowest.get(name, 1e-30), highest.get(name, 2**31)
+            limits = f"{'over 0' if low == 1e-30 else f'at least {low}'} and at most {high}"
+            fits = low <= value <= high  # false for nan
             require(fits, f"--{name.replace('_', '-')} {value} must be {limits}")
-    require(args.steps > 1, "--steps must be at least 2, as the last step is never random")
-
-
-def start_wandb(args):
-    """Start logging to wandb; with --resume, to the same wandb run again."""
-    try:
-        import wandb
-
-        config = Path(args.output, "config.json")
-        run_id = json.loads(config.read_text("utf-8"))["wandb_id"] if args.resume else None
-        options = {"name": config.parent.name, "config": asdict(args), "id": run_id, "resume": "allow"}
-        wandb.init(project=args.wandb, **options)
-    except Exception as error:  # not installed, not logged in, no network
-        require(False, f"--wandb: {one_line(error)}; pip install wandb; wandb login")
 
 
 @cache
 def read_prompts(path):
     """Prompts of a UTF-8 file: one per line, or the field `prompt` of each line of a .jsonl.
 
-    Blank lines and lines that start with # are skipped. tiny:...: a file of the tiny model. A file is
-    read only once, so a pipe works.
+    Blank lines and lines that start with # are skipped. path: None for the tiny model's prompts. A file is
+    read only once, so a pipe works. SystemExit names the file, and the line if one is wrong.
     """
-    path = TINY / path[5:] if path.startswith("tiny:") else Path(path)
-    where = ""
+    file = TINY / "prompts.txt" if path is None else Path(os.path.expanduser(path))
     try:
-        lines = [line.strip() for line in path.read_text("utf-8-sig").split("\n")]
-        prompts = [line for line in lines if line and not line.startswith("#")]
-        if path.suffix.lower() in (".json", ".jsonl"):
-            prompts = [json.loads(where := line)["prompt"].strip() for line in prompts]
-        valid = prompts and all(prompts) and "\0" not in "".join(prompts)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        where = f"{one_line(error)} {where[:80]}".strip()
-        require(False, f"prompts file {path} cannot be read: {where}; give UTF-8 text or .jsonl")
-    require(valid, f"prompts file {path}: no prompts, an empty prompt or a NUL; write one prompt per line")
+        lines = file.read_text("utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else f"not UTF-8 text: {one_line(error)}"
+        require(False, f"prompts file {file}: {why}")
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        prompt = line.strip()
+        if not prompt or prompt.startswith("#"):
+            continue
+        if file.suffix.lower() in (".json", ".jsonl"):
+            try:
+                prompt = json.loads(line)["prompt"].strip()
+            except (ValueError, KeyError, TypeError, AttributeError):
+                wanted = 'a line must be like {"prompt": "a red circle"}'
+                require(False, f"prompts file {file}, line {number}: {line.strip()[:80]}; {wanted}")
+        require(prompt and "\0" not in prompt, f"prompts file {file}, line {number}: empty, or not text")
+        prompts.append(prompt)
+    require(prompts, f"prompts file {file} has no prompts; write one per line")
     return prompts
 
 
-def parse_sde_steps(args):
-    """--sde-steps: the steps that may be random, and how many of them each iteration draws.
+def held_out_prompts(args):
+    """The prompts of evaluations, at most 64: --eval-prompts, else --prompts, else tiny's held-out ones."""
+    tiny = str(TINY / "eval_prompts.txt") if args.prompts is None else None
+    return read_prompts(args.eval_prompts or args.prompts or tiny)[:64]
 
-    "early" means the first half of --steps, "0,1,2" these three, "3" three drawn anew in each iteration, "3,"
-    only step 3.
-    """
+
+def parse_sde_steps(args):
+    """--sde-steps as a list: the steps that may be random; and K, how many of them an iteration uses."""
     spec, last = args.sde_steps, args.steps - 2
-    steps = list(range(args.steps // 2 if spec == "early" else last + 1))
-    if "," in spec and re.fullmatch(r"[\d,]+", spec):
-        steps = [int(step) for step in spec.split(",") if step]
-    count = int(spec) if spec.isdecimal() else len(steps)
-    known = spec in ("all", "early") or re.fullmatch(r"[\d,]+", spec)
-    fits = known and steps == sorted({*steps} & {*range(last + 1)}) and 1 <= count <= len(steps)
-    allowed = f"all, early, a rising list within 0 to {last}, or how many to draw"
-    require(fits, f"--sde-steps {spec} must be {allowed}")
-    return steps, count
+    allowed = f"--sde-steps {spec} must be all, early, or a rising list within 0 to {last}"
+    require(not spec.isdecimal(), f"{allowed}; one step: {spec},; to draw some: --sde-steps-per-iteration")
+    if spec == "all":
+        steps = list(range(last + 1))
+    elif spec == "early":
+        steps = list(range(args.steps // 2))
+    else:
+        words = spec.removesuffix(",").split(",")
+        steps = [int(word) if word.isdecimal() else -1 for word in words]
+        require(steps == sorted(set(steps)) and steps[0] >= 0 and steps[-1] <= last, allowed)
+    K = getattr(args, "sde_steps_per_iteration", 0) or len(steps)  # gcpo.py draws none
+    require(len(steps) >= K, f"--sde-steps-per-iteration {K} must be at most {len(steps)}")
+    return steps, K
 
 
 def out_of_memory(error):
-    found = re.search("out of memory|DefaultCPUAllocator", str(error))
-    return isinstance(error, MemoryError) or bool(found)
+    """Whether an exception means that memory ran out, on the GPU or not."""
+    words = ("out of memory", "ALLOC_FAILED", "DefaultCPUAllocator")  # ALLOC_FAILED: of CUBLAS and CUDNN
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def load_rewards(args, get_reward):
     """Load args.reward and args.eval_reward (or None), and check that they can read their prompts."""
-    specs = args.reward, args.eval_reward
-    rewards = [get_reward(x, args.device, args.reward_offload) if x is not None else None for x in specs]
-    held_out = read_prompts(args.eval_prompts)[:64]
-    for reward, prompts in zip(rewards, ([*read_prompts(args.prompts), *held_out], held_out)):
-        if reward:
-            reward.load(prompts)
-    return rewards
+    held_out = held_out_prompts(args)
+    reward = get_reward(args.reward, args.device, args.reward_offload)
+    eval_reward = None
+    if args.eval_reward is not None:
+        eval_reward = get_reward(args.eval_reward, args.device, args.reward_offload)
+        eval_reward.load(held_out)
+    reward.load([*read_prompts(args.prompts), *held_out])
+    return reward, eval_reward
 
 
 def split_batch(args, each, group):
@@ -1180,20 +1340,21 @@ def split_batch(args, each, group):
     P, U, processes = args.prompts_per_iteration, args.updates_per_iteration, PartialState().num_processes
     require(group > 1, "a group of one image has no advantage; compare at least two")
     divides = P * each % U == 0 and (processes == 1 or P % (processes * U) == 0)
-    numbers = f"{P} prompts x {each} = {P * each} trajectories into {U} updates on {processes} processes"
-    hint = "change --prompts-per-iteration or --updates-per-iteration"
-    require(divides, f"cannot divide {numbers} (of equally many prompts); {hint}")
-    shown = min(64, len(read_prompts(args.eval_prompts))) * args.eval_seeds
+    on = f" on {processes} processes" if processes > 1 else ""
+    numbers = f"{P} prompts x {each} = {P * each} trajectories cannot be split into {U} equal updates{on}"
+    require(divides, f"{numbers}; change --prompts-per-iteration or --updates-per-iteration")
+    shown = len(held_out_prompts(args)) * args.eval_seeds
     require(shown >= processes, f"{shown} evaluation images for {processes} processes; raise --eval-seeds")
     if group < 6:
         print(f"warning: in groups of {group} the advantage is noisy; use 8 or more if you can")
     return P * each // processes
 
 
-def print_plan(args, sigmas, s, sde_steps, each, weight=None):
-    """Print the batch arithmetic and a table of steps. each: trajectories per prompt. weight: (T - 1,)"""
-    P, U, weight = args.prompts_per_iteration, args.updates_per_iteration, s / s if weight is None else weight
-    print(f"{args.iterations} iterations of {P} prompts x {each} = {P * each} trajectories in {U} updates")
+def print_plan(args, sigmas, s, sde_steps, batch, weight=None):
+    """Print the batch arithmetic and a table of steps. batch: what is scored; weight: (T - 1,) of steps."""
+    print(f"{args.iterations} iterations of {batch} in {args.updates_per_iteration} updates")
+    if weight is None:
+        weight = torch.ones_like(s)
     print("step   sigma   Delta       s     std  weight")
     for n, delta in enumerate(-sigmas.diff()):
         random = f"{s[n]:6.4f}  {s[n] * delta.sqrt():6.4f}  {weight[n]:6.4f}" if n in sde_steps else "ODE"
@@ -1201,20 +1362,26 @@ def print_plan(args, sigmas, s, sde_steps, each, weight=None):
 
 
 def run_script(script, main, args_class, defaults):
-    """Run a script's main. On Ctrl-C or out of memory, print one line; on a bug, a traceback."""
+    """Run a script's main. Ctrl-C and out of memory end in one line; anything else in a traceback.
+
+    Where there is a checkpoint, the last line says how to resume.
+    """
     args = None
     try:
         args = parse_args(script, args_class, defaults)
+        print(f"run folder: {args.output}")
         main(args)
-    except (KeyboardInterrupt, RuntimeError, MemoryError) as error:
-        saved = args and Path(args.output, "checkpoint.pt").exists()
-        hint = f"; resume with: python {script}.py --resume {args.output}" if saved else ""
+    except (Exception, KeyboardInterrupt) as error:
+        hint = ""
+        if args is not None and Path(args.output, "checkpoint.pt").exists():
+            hint = f"; resume with: python {script}.py --resume {shlex.quote(args.output)}"
         if isinstance(error, KeyboardInterrupt):
             raise SystemExit(f"stopped{hint}")
         if out_of_memory(error):
             advice = "use a smaller --micro-batch, --gradient-checkpointing or --reward-offload"
             raise SystemExit(f"error: out of memory; {advice}{hint}")
-        raise
+        traceback.print_exc()
+        raise SystemExit(f"error: {type(error).__name__} as shown above{hint}")
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -13,12 +13,12 @@ common.py, the settings in Args, and the metrics in README.md.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
 import common
-from common import group_advantage, log_prob, noise_scale, sde_mean_std
+from common import group_advantage, log_prob, noise_scale, ratio_metrics, sde_mean_std
 from rewards import get_reward
 
 
@@ -31,9 +31,9 @@ class Args(common.Args):
     group_size: int = 16  # G, images per prompt
     updates_per_iteration: int = 2  # U, optimizer steps per rollout, each on different images
     steps: int = 10  # T, sampling steps
-    sde_steps: str = "early"  # random steps: all, early (the first half), a consecutive list 2,3,4
+    sde_steps: str = "early"  # random, trained steps: all, early (first half), or a consecutive list 2,3
     sde: Literal["flow", "dance", "cps", "precise"] = "flow"  # how random steps add noise
-    noise_level: float = 0.7  # a or eta; default: by model, or flow 0.7, dance 0.3, cps 0.8, precise 1.5
+    noise_level: float = 0.7  # how much noise they add: a of flow, eta of the others
     guidance: float = 1.0  # classifier-free guidance, off at 1
     resolution: int = 512  # pixels per side
     shared_noise: bool = False  # one initial noise for a whole group, as in DanceGRPO
@@ -42,7 +42,7 @@ class Args(common.Args):
     chunk_max: int = 4  # adaptive chunks with more steps are cut again
     chunk_fraction: float = 0.5  # share of the chunks of a trajectory that are trained
     weighted_sampling: bool = False  # draw chunks in proportion to their mean L1rel, not uniformly
-    eval_hybrid: float = 1.0  # share of evaluation steps, from the first, with the adapter on; [GC]: 0.6
+    eval_hybrid: float = 1.0  # share of evaluation steps, from the first, with the adapter on; paper: 0.6
     learning_rate: float = 3e-4  # AdamW learning rate
     clip_range: float = 1e-4  # the ratio is clipped to 1 +- clip_range
     adv_clip: float = 5.0  # advantages are clipped to +- adv_clip
@@ -50,7 +50,7 @@ class Args(common.Args):
     kl_coef: float = 0.0  # beta, coefficient of the KL to the base model; 0 skips the KL
     max_grad_norm: float = 1.0  # gradients with a larger norm are scaled down to this norm
     ema_decay: float = 0.9  # decay of the moving average of the adapter's weights, off at 0
-    ema_every: int = 8  # optimizer steps per step of the moving average
+    ema_every: int = 8  # optimizer steps between updates of the moving average
 
 
 # The defaults above are for SD3.5 Medium; these are the differences for other models, as in grpo.py. FLUX.1
@@ -72,19 +72,31 @@ DEFAULTS = {
 }  # fmt: skip
 
 
+class Rollout(NamedTuple):
+    """The transitions of an iteration: N images, K random steps."""
+
+    text: list  # tensors from policy.encode, one row per prompt
+    prompt_index: torch.Tensor  # (N,) which row of text each image uses
+    sde: str  # the sampler, as in sde_mean_std
+    sigma: torch.Tensor  # (K,) noise level before each random step
+    sigma_next: torch.Tensor  # (K,) noise level after it
+    s: torch.Tensor  # (K,) noise scale
+    x: torch.Tensor  # (K, N, C, H, W) latents before it
+    x_next: torch.Tensor  # (K, N, C, H, W) latents after it
+    logp: torch.Tensor  # (K, N) log-prob of x_next under the weights that sampled it
+
+
 @torch.no_grad()
-def rollout(policy, text, prompt_index, noise, sigmas, s, sde, chosen):
+def sample(policy, text, prompt_index, noise, sigmas, s, sde, chosen):
     """Sample images with SDE steps at the chosen steps and ODE steps at the others; keep the transitions.
 
-    text: from policy.encode; prompt_index: (N,) which row of text each image uses; noise: 1 + K tensors
-    (N, C, H, W), the initial latents and the noise of each chosen step; sigmas: (T + 1,); s: (T - 1,) noise
-    scales; sde: as in sde_mean_std; chosen: K steps in rising order. Returns x and x_next (K, N, C, H, W),
-    the states before and after each transition, the log-probs (K, N) of the transitions under the policy that
-    sampled them, and the final latents (N, C, H, W).
+    text, prompt_index, sde: as in Rollout; noise: 1 + K tensors (N, C, H, W), the initial latents and the
+    noise of each chosen step; sigmas: (T + 1,); s: (T - 1,) noise scales; chosen: K steps in rising order.
+    Returns the final latents (N, C, H, W) and the Rollout.
     """
     latents, x, x_next, logp = noise[0], [], [], []
     for step in common.progress(range(len(sigmas) - 1), "rollout"):
-        velocity = policy.velocity_in_micro_batches(latents, sigmas[step], text, prompt_index)
+        velocity = policy.velocity_batched(latents, sigmas[step], text, prompt_index)
         if step in chosen:
             mean, std = sde_mean_std(latents, velocity, sigmas[step], sigmas[step + 1], s[step], sde)
             x.append(latents)
@@ -93,20 +105,21 @@ def rollout(policy, text, prompt_index, noise, sigmas, s, sde, chosen):
             logp.append(log_prob(latents, mean, std))
         else:  # an ODE step: no noise, no log-prob, not trained. The last step is always an ODE step.
             latents = latents - (sigmas[step] - sigmas[step + 1]) * velocity
-    return torch.stack(x), torch.stack(x_next), torch.stack(logp), latents
+    levels = sigmas[:-2][chosen], sigmas[1:-1][chosen], s[chosen]
+    states = torch.stack(x), torch.stack(x_next), torch.stack(logp)
+    return latents, Rollout(text, prompt_index, sde, *levels, *states)
 
 
-def transition_logp(policy, text, prompt_index, levels, sde, x, x_next, step, image):
-    """Log-prob of stored transitions under the current weights.
+def transition_logp(policy, rollout, step, image):
+    """Log-prob of transitions of the rollout under the current weights.
 
-    text, prompt_index, sde: as in rollout; levels: sigma, sigma_next and s, (K,) each; x, x_next: (K, N, C,
-    H, W) states before and after each transition; step, image: (M,) their indices. Returns logp (M,), and
-    the mean (M, C, H, W) and std (M, 1, 1, 1) of the Gaussian.
+    step, image: (M,) indices into K and N. Returns logp (M,), and the mean (M, C, H, W) and std (M, 1, 1, 1)
+    of the Gaussian.
     """
-    sigma, sigma_next, scale = (level[step] for level in levels)
-    velocity = policy.velocity(x[step, image], sigma, text, prompt_index[image])
-    mean, std = sde_mean_std(x[step, image], velocity, sigma, sigma_next, scale, sde)
-    return log_prob(x_next[step, image], mean, std), mean, std
+    x, sigma = rollout.x[step, image], rollout.sigma[step]
+    velocity = policy.velocity(x, sigma, rollout.text, rollout.prompt_index[image])
+    mean, std = sde_mean_std(x, velocity, sigma, rollout.sigma_next[step], rollout.s[step], rollout.sde)
+    return log_prob(rollout.x_next[step, image], mean, std), mean, std
 
 
 def policy_loss(log_ratio, advantage, clip_range):
@@ -117,10 +130,10 @@ def policy_loss(log_ratio, advantage, clip_range):
 
 
 # GCPO: where a trajectory is cut, and which chunks are trained
-def parse_chunks(args, sde_steps, drawn):
+def parse_chunks(args, sde_steps):
     """--chunks: the sizes of the chunks, or None for adaptive ones."""
     K = len(sde_steps)
-    consecutive = drawn == K and sde_steps[-1] - sde_steps[0] == K - 1
+    consecutive = sde_steps[-1] - sde_steps[0] == K - 1
     common.require(consecutive, f"--sde-steps {args.sde_steps} must be consecutive: chunks are cut from them")
     if args.chunks == "adaptive":
         return None
@@ -146,11 +159,17 @@ def adaptive_chunks(l1rel, chunk_max, order=1):
         return [len(l1rel)]
     differences = torch.diff(l1rel.double(), order)
     differences[differences.abs() < 1e-5 * l1rel.abs().max()] = 0
-    signs = [next(filter(None, differences.sign().tolist()), 0.0)] * order
+    first = [sign for sign in differences.sign().tolist() if sign != 0][:1] or [0.0]
+    signs = first * order
     for sign in differences.sign().tolist():
-        signs.append(sign or signs[-1])
-    cuts = [i for i in range(1, len(signs)) if signs[i] != signs[i - 1]] or [len(l1rel) // 2]
-    return sum((adaptive_chunks(piece, chunk_max, order + 1) for piece in l1rel.tensor_split(cuts)), [])
+        signs.append(signs[-1] if sign == 0 else sign)
+    cuts = [i for i in range(1, len(signs)) if signs[i] != signs[i - 1]]
+    if not cuts:
+        cuts = [len(l1rel) // 2]
+    sizes = []
+    for piece in l1rel.tensor_split(cuts):
+        sizes += adaptive_chunks(piece, chunk_max, order + 1)
+    return sizes
 
 
 def draw_chunks(l1rel, sizes, fraction, weighted, exponentials):
@@ -160,10 +179,13 @@ def draw_chunks(l1rel, sizes, fraction, weighted, exponentials):
     largest weight / number are drawn, as in torch.multinomial. Returns chunk_average (K, K): 1 / size if two
     steps are in the same drawn chunk, else 0.
     """
-    weight = torch.stack([piece.mean() if weighted else torch.ones(()) for piece in l1rel.split(sizes)])
+    weight = torch.ones(len(sizes))
+    if weighted:
+        weight = torch.stack([piece.mean() for piece in l1rel.split(sizes)])
     count = max(1, int(fraction * len(sizes) + 0.5))
     drawn = (weight / exponentials[: len(sizes)]).topk(count).indices.tolist()
-    return torch.block_diag(*(torch.full((n, n), (j in drawn) / n) for j, n in enumerate(sizes)))
+    blocks = [torch.full((n, n), 1 / n if j in drawn else 0.0) for j, n in enumerate(sizes)]
+    return torch.block_diag(*blocks)
 
 
 def chunk_log_ratio(logp, new_logp, old_logp, chunk_average, step, image):
@@ -190,63 +212,64 @@ def chunk_metrics(l1rel, chunks):
     cut = torch.zeros_like(l1rel)
     for row, sizes in zip(cut, chunks):
         row[torch.tensor(sizes).cumsum(0)[:-1]] = 1
-    curve, cuts = (common.gather(rows).mean(0).tolist() for rows in (l1rel, cut))
-    return {"l1rel_by_step": curve, "chunk_cuts": cuts}
+    l1rel, cut = common.gather(l1rel).mean(0), common.gather(cut).mean(0)
+    return {"l1rel_by_step": l1rel.tolist(), "chunk_cuts": cut.tolist()}
 
 
-def update(policy, optimizer, args, transitions, old_logp, chunk_average, advantage, images, stats, first):
-    """One optimizer step on the transitions of some images that are in drawn chunks.
+def update(policy, optimizer, args, rollout, chunk_average, advantage, images, stats, first):
+    """One optimizer step on the drawn chunks of some images. Returns whether there was anything to learn.
 
-    transitions: the arguments of transition_logp up to x_next; old_logp: (K, N) from rollout; chunk_average:
-    (N, K, K), advantage: (N,) and images: (n,) which images, all on the CPU; first: whether this is the
-    iteration's first update.
+    chunk_average: (N, K, K), advantage: (N,) and images: (n,) which images, all on the CPU; first: whether
+    the weights are still those of the rollout.
     """
     # an image with advantage 0 adds no gradient: unless the KL is on, skipping it changes nothing
     live = images if args.kl_coef > 0 else images[advantage[images] != 0]
+    if common.total(len(live)) == 0:  # without a gradient Adam's momentum alone would move the weights
+        return False
     # GCPO: the steps of drawn chunks
     own = chunk_average.diagonal(dim1=1, dim2=2)  # (N, K) 1 / size of a step's chunk, 0 if it was not drawn
     step, place = own[live].T.nonzero().T
     image, chunks_drawn = live[place], own.sum(1).round().to(policy.device)  # chunks_drawn: (N,)
-    # GCPO: a ratio needs the current log-probs of the whole chunk. In the first update they equal old_logp;
-    # later updates compute them with an extra forward pass, except for chunks of one step.
+    # GCPO: a ratio needs the current log-probs of the whole chunk. In the first update they equal those of
+    # the rollout; later updates compute them with an extra forward pass, except for chunks of one step.
     shared = (own[image, step] < 1) & (not first)
-    new_logp, chunk_average = old_logp.clone(), chunk_average.to(policy.device)
+    new_logp, chunk_average = rollout.logp.clone(), chunk_average.to(policy.device)
     advantage = advantage.to(policy.device)
     with torch.no_grad():
         for mb_step, mb_image in policy.micro_batches(step[shared], image[shared]):
-            new_logp[mb_step, mb_image] = transition_logp(policy, *transitions, mb_step, mb_image)[0]
+            new_logp[mb_step, mb_image] = transition_logp(policy, rollout, mb_step, mb_image)[0]
     for mb_step, mb_image in policy.micro_batches(step, image):
-        logp, mean, std = transition_logp(policy, *transitions, mb_step, mb_image)
+        logp, mean, std = transition_logp(policy, rollout, mb_step, mb_image)
         # In the first update the ratio is exactly 1: no weight has changed since the rollout, and every call
         # has the same shape. The loss is -A then, and its gradient is not 0 but -A * grad logp. If the ratio
         # differs from 1 here, rollout and training disagree, and later ratios are wrong as well.
-        log_ratio = logp - old_logp[mb_step, mb_image]
-        if first:
-            stats.add(first_log_ratio=log_ratio, first_step=mb_step)
         new_logp[mb_step, mb_image] = logp.detach()  # GCPO: the ratio of the chunk
-        log_ratio = chunk_log_ratio(logp, new_logp, old_logp, chunk_average, mb_step, mb_image)
+        log_ratio = chunk_log_ratio(logp, new_logp, rollout.logp, chunk_average, mb_step, mb_image)
+        if first:
+            stats.add(ratio_first_error=(log_ratio.exp() - 1).abs())
         mb_advantage = advantage[mb_image]
         loss = policy_loss(log_ratio, mb_advantage, args.clip_range)  # (M,)
         if args.kl_coef > 0:  # KL of the sampler's Gaussians; [FG] omits Delta from the variance
             with policy.reference():
-                _, mean_ref, _ = transition_logp(policy, *transitions, mb_step, mb_image)
+                _, mean_ref, _ = transition_logp(policy, rollout, mb_step, mb_image)
             kl = ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(1)
             stats.add(kl_ref=kl)
             kl = kl * chunk_average[mb_image, mb_step, mb_step]  # GCPO: the mean over the chunk
             loss = loss + args.kl_coef * kl
         policy.backward((loss / chunks_drawn[mb_image]).sum() / len(images))  # GCPO: mean over chunks, images
-        stats.add(loss=loss, log_ratio=log_ratio, advantage=mb_advantage)
+        stats.add(loss=loss, **ratio_metrics(log_ratio, mb_advantage, args.clip_range))
     stats.add(grad_norm=policy.clip_gradients(args.max_grad_norm))
     optimizer.step()
     policy.update_average()
     optimizer.zero_grad(set_to_none=False)  # clip_gradients needs every .grad
+    return True
 
 
 def main(args):
     P, G, U = args.prompts_per_iteration, args.group_size, args.updates_per_iteration
     N = common.split_batch(args, G, group=G)  # images per iteration on this process
-    sde_steps, K = common.parse_sde_steps(args)  # K of them are random in an iteration
-    sizes = parse_chunks(args, sde_steps, K)  # GCPO
+    sde_steps, K = common.parse_sde_steps(args)  # GCPO: all K of them are random in each iteration
+    sizes = parse_chunks(args, sde_steps)
     reward, eval_reward = common.load_rewards(args, get_reward)
     policy = common.make_policy(args, trajectories=N)
     # eps is 1e-8, as in published code. SD3's gradients are of that size, so it about halves their updates
@@ -254,35 +277,23 @@ def main(args):
     sigmas = policy.sigmas(args.steps)
     s = noise_scale(sigmas, args.sde, args.noise_level)  # (T - 1,)
     prompt_index = torch.arange(N, device=policy.device) // G  # (N,) the prompt of each image
-    common.print_plan(args, sigmas, s, sde_steps, G)
+    common.print_plan(args, sigmas, s, sde_steps, f"{P} prompts x {G} = {P * G} images")
 
-    stored = (1 + 3 * K) * N  # latents that a rollout keeps: noise, x and x_next
-    run = common.Run(args, policy, optimizer, reward, eval_reward, stored, states=K * N // U)
-    if run.iteration is None:  # a new run: evaluate the base model
-        metrics = {"iteration": 0} | run.evaluate(0, args.eval_hybrid)
-        run.save(0, metrics)
-        run.log(0, metrics)
+    run = common.Run(args, policy, optimizer, reward, eval_reward, trajectories=N)
+    if not run.lines:  # a new run: evaluate the base model
+        run.record({"iteration": 0} | run.evaluate(0, args.eval_hybrid))
     for iteration in run.remaining():
+        # The sampler is deterministic but for the random steps: only they have a probability to change.
         run.phase("rollout")
         prompts, text = run.text(iteration)
         chosen = common.iteration_steps(sde_steps, K, iteration, args.seed)  # K steps
-        levels = [level[chosen] for level in (sigmas[:-2], sigmas[1:-1], s)]  # sigma, sigma_next, s: (K,)
         generator = common.generator(args.seed, "noise", iteration)
-        noise = [policy.noise(P, G, generator) for _ in range(1 + K)]
+        noise = [policy.draw_noise(P, G, generator) for _ in range(1 + K)]
         if args.shared_noise:
             noise[0] = noise[0][prompt_index * G]
-        x, x_next, old_logp, latents = rollout(policy, text, prompt_index, noise, sigmas, s, args.sde, chosen)
+        latents, rollout = sample(policy, text, prompt_index, noise, sigmas, s, args.sde, chosen)
 
-        # GCPO: the relative change of the latent in each step, the chunks, and which chunks are trained
-        l1rel = ((x_next - x).flatten(2).norm(1, 2) / x.flatten(2).norm(1, 2)).T.cpu()  # (N, K)
-        chunks = [sizes or adaptive_chunks(curve, args.chunk_max) for curve in l1rel]
-        generator = common.generator(args.seed, "chunks", iteration)
-        exponentials = common.share(torch.empty(P, G, len(x)).exponential_(generator=generator)).flatten(0, 1)
-        drawn_by = args.chunk_fraction, args.weighted_sampling
-        rows = zip(l1rel, chunks, exponentials)
-        chunk_average = torch.stack([draw_chunks(row, cut, *drawn_by, e) for row, cut, e in rows])
-        trained = (chunk_average.diagonal(dim1=1, dim2=2) > 0).sum().item()  # steps of drawn chunks
-
+        # Prompts differ in difficulty, so an image is compared with the other images of its own prompt only.
         run.phase("reward")
         captions = [prompts[n] for n in prompt_index.tolist()]
         rewards, parts = common.score(policy, reward, latents, captions)
@@ -290,19 +301,33 @@ def main(args):
         advantage, zero_std_groups = group_advantage(rewards.view(-1, G), batch_std, args.adv_clip)
         advantage = advantage.flatten()  # (N,)
 
-        run.phase("train")
-        stats, transitions = common.Stats(), (text, prompt_index, levels, args.sde, x, x_next)
-        batch = transitions, old_logp, chunk_average, advantage
-        for n, images in enumerate(torch.arange(N).view(U, -1)):
-            update(policy, optimizer, args, *batch, images, stats, n == 0)
+        # GCPO: the relative change of the latent in each step, the chunks, and which chunks are trained
+        l1rel = ((rollout.x_next - rollout.x).flatten(2).norm(1, 2) / rollout.x.flatten(2).norm(1, 2)).T.cpu()
+        chunks, chunk_average = [], []
+        generator = common.generator(args.seed, "chunks", iteration)
+        exponentials = common.my_rows(torch.empty(P, G, K).exponential_(generator=generator)).flatten(0, 1)
+        for curve, numbers in zip(l1rel, exponentials):  # (K,) each, for N images
+            cut = sizes or adaptive_chunks(curve, args.chunk_max)
+            chunks.append(cut)
+            drawn = draw_chunks(curve, cut, args.chunk_fraction, args.weighted_sampling, numbers)
+            chunk_average.append(drawn)
+        chunk_average = torch.stack(chunk_average)  # (N, K, K)
 
-        metrics = {"iteration": iteration} | common.reward_metrics(rewards, parts, G, zero_std_groups)
-        metrics |= stats.metrics(args.clip_range, steps=K, transitions=trained)  # GCPO
+        # From the second update on, the weights are not those that sampled: the ratio corrects for this, and
+        # its clip keeps them near.
+        run.phase("train")
+        stats, stepped = common.Stats(), False
+        batch = rollout, chunk_average, advantage
+        for images in torch.arange(N).view(U, -1):
+            stepped |= update(policy, optimizer, args, *batch, images, stats, first=not stepped)
+        del noise, latents, rollout  # the next rollout needs the memory
+
+        metrics = {"iteration": iteration} | stats.metrics()
+        metrics |= common.reward_metrics(rewards, parts, G, zero_std_groups)
         metrics |= chunk_metrics(l1rel, chunks)
         if iteration % args.eval_every == 0 or iteration == args.iterations:
             metrics |= run.evaluate(iteration, args.eval_hybrid)
-        run.save(iteration, metrics)
-        run.log(iteration, metrics)
+        run.record(metrics)
     run.summary()
 
 

@@ -13,12 +13,12 @@ common.py, the settings in Args, and the metrics in README.md.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
 import common
-from common import group_advantage, log_prob, noise_scale, sde_mean_std
+from common import group_advantage, log_prob, noise_scale, ratio_metrics, sde_mean_std
 from rewards import get_reward
 
 
@@ -31,9 +31,10 @@ class Args(common.Args):
     group_size: int = 16  # G, images per prompt
     updates_per_iteration: int = 2  # U, optimizer steps per rollout, each on different images
     steps: int = 10  # T, sampling steps
-    sde_steps: str = "early"  # random steps: all, early (the first half), a list 0,1,2, or how many to draw
+    sde_steps: str = "early"  # random, trained steps: all, early (the first half), or a list 0,1,2
+    sde_steps_per_iteration: int = 0  # draw this many of them anew in each iteration; 0 uses all
     sde: Literal["flow", "dance", "cps", "precise"] = "flow"  # how random steps add noise
-    noise_level: float = 0.7  # a or eta; default: by model, or flow 0.7, dance 0.3, cps 0.8, precise 1.5
+    noise_level: float = 0.7  # how much noise they add: a of flow, eta of the others
     guidance: float = 1.0  # classifier-free guidance, off at 1
     resolution: int = 512  # pixels per side
     shared_noise: bool = False  # one initial noise for a whole group, as in DanceGRPO
@@ -44,7 +45,7 @@ class Args(common.Args):
     kl_coef: float = 0.0  # beta, coefficient of the KL to the base model; 0 skips the KL
     max_grad_norm: float = 1.0  # gradients with a larger norm are scaled down to this norm
     ema_decay: float = 0.9  # decay of the moving average of the adapter's weights, off at 0
-    ema_every: int = 8  # optimizer steps per step of the moving average
+    ema_every: int = 8  # optimizer steps between updates of the moving average
 
 
 # The defaults above are for SD3.5 Medium; these are the differences for other models. tiny: found by tuning.
@@ -66,19 +67,31 @@ DEFAULTS = {
 }  # fmt: skip
 
 
+class Rollout(NamedTuple):
+    """The transitions of an iteration: N images, K random steps."""
+
+    text: list  # tensors from policy.encode, one row per prompt
+    prompt_index: torch.Tensor  # (N,) which row of text each image uses
+    sde: str  # the sampler, as in sde_mean_std
+    sigma: torch.Tensor  # (K,) noise level before each random step
+    sigma_next: torch.Tensor  # (K,) noise level after it
+    s: torch.Tensor  # (K,) noise scale
+    x: torch.Tensor  # (K, N, C, H, W) latents before it
+    x_next: torch.Tensor  # (K, N, C, H, W) latents after it
+    logp: torch.Tensor  # (K, N) log-prob of x_next under the weights that sampled it
+
+
 @torch.no_grad()
-def rollout(policy, text, prompt_index, noise, sigmas, s, sde, chosen):
+def sample(policy, text, prompt_index, noise, sigmas, s, sde, chosen):
     """Sample images with SDE steps at the chosen steps and ODE steps at the others; keep the transitions.
 
-    text: from policy.encode; prompt_index: (N,) which row of text each image uses; noise: 1 + K tensors
-    (N, C, H, W), the initial latents and the noise of each chosen step; sigmas: (T + 1,); s: (T - 1,) noise
-    scales; sde: as in sde_mean_std; chosen: K steps in rising order. Returns x and x_next (K, N, C, H, W),
-    the states before and after each transition, the log-probs (K, N) of the transitions under the policy that
-    sampled them, and the final latents (N, C, H, W).
+    text, prompt_index, sde: as in Rollout; noise: 1 + K tensors (N, C, H, W), the initial latents and the
+    noise of each chosen step; sigmas: (T + 1,); s: (T - 1,) noise scales; chosen: K steps in rising order.
+    Returns the final latents (N, C, H, W) and the Rollout.
     """
     latents, x, x_next, logp = noise[0], [], [], []
     for step in common.progress(range(len(sigmas) - 1), "rollout"):
-        velocity = policy.velocity_in_micro_batches(latents, sigmas[step], text, prompt_index)
+        velocity = policy.velocity_batched(latents, sigmas[step], text, prompt_index)
         if step in chosen:
             mean, std = sde_mean_std(latents, velocity, sigmas[step], sigmas[step + 1], s[step], sde)
             x.append(latents)
@@ -87,20 +100,21 @@ def rollout(policy, text, prompt_index, noise, sigmas, s, sde, chosen):
             logp.append(log_prob(latents, mean, std))
         else:  # an ODE step: no noise, no log-prob, not trained. The last step is always an ODE step.
             latents = latents - (sigmas[step] - sigmas[step + 1]) * velocity
-    return torch.stack(x), torch.stack(x_next), torch.stack(logp), latents
+    levels = sigmas[:-2][chosen], sigmas[1:-1][chosen], s[chosen]
+    states = torch.stack(x), torch.stack(x_next), torch.stack(logp)
+    return latents, Rollout(text, prompt_index, sde, *levels, *states)
 
 
-def transition_logp(policy, text, prompt_index, levels, sde, x, x_next, step, image):
-    """Log-prob of stored transitions under the current weights.
+def transition_logp(policy, rollout, step, image):
+    """Log-prob of transitions of the rollout under the current weights.
 
-    text, prompt_index, sde: as in rollout; levels: sigma, sigma_next and s, (K,) each; x, x_next: (K, N, C,
-    H, W) states before and after each transition; step, image: (M,) their indices. Returns logp (M,), and
-    the mean (M, C, H, W) and std (M, 1, 1, 1) of the Gaussian.
+    step, image: (M,) indices into K and N. Returns logp (M,), and the mean (M, C, H, W) and std (M, 1, 1, 1)
+    of the Gaussian.
     """
-    sigma, sigma_next, scale = (level[step] for level in levels)
-    velocity = policy.velocity(x[step, image], sigma, text, prompt_index[image])
-    mean, std = sde_mean_std(x[step, image], velocity, sigma, sigma_next, scale, sde)
-    return log_prob(x_next[step, image], mean, std), mean, std
+    x, sigma = rollout.x[step, image], rollout.sigma[step]
+    velocity = policy.velocity(x, sigma, rollout.text, rollout.prompt_index[image])
+    mean, std = sde_mean_std(x, velocity, sigma, rollout.sigma_next[step], rollout.s[step], rollout.sde)
+    return log_prob(rollout.x_next[step, image], mean, std), mean, std
 
 
 def policy_loss(log_ratio, advantage, clip_range):
@@ -110,39 +124,42 @@ def policy_loss(log_ratio, advantage, clip_range):
     return torch.maximum(-advantage * ratio, -advantage * clipped)
 
 
-def update(policy, optimizer, args, transitions, old_logp, advantage, images, stats, first):
-    """One optimizer step on the random transitions of some images.
+def update(policy, optimizer, args, rollout, advantage, images, stats, first):
+    """One optimizer step on the transitions of some images. Returns whether there was anything to learn.
 
-    transitions: the arguments of transition_logp up to x_next; old_logp: (K, N) from rollout; advantage: (N,)
-    and images: (n,) which images, both on the CPU; first: whether this is the iteration's first update.
+    advantage: (N,) and images: (n,) which images, both on the CPU; first: whether the weights are still those
+    of the rollout.
     """
-    K = len(old_logp)
+    K = len(rollout.logp)
     # an image with advantage 0 adds no gradient: unless the KL is on, skipping it changes nothing
     live = images if args.kl_coef > 0 else images[advantage[images] != 0]
+    if common.total(len(live)) == 0:  # without a gradient Adam's momentum alone would move the weights
+        return False
     step, image = torch.cartesian_prod(torch.arange(K), live).T
     advantage = advantage.to(policy.device)
     for mb_step, mb_image in policy.micro_batches(step, image):
-        logp, mean, std = transition_logp(policy, *transitions, mb_step, mb_image)
+        logp, mean, std = transition_logp(policy, rollout, mb_step, mb_image)
         # In the first update the ratio is exactly 1: no weight has changed since the rollout, and every call
         # has the same shape. The loss is -A then, and its gradient is not 0 but -A * grad logp. If the ratio
         # differs from 1 here, rollout and training disagree, and later ratios are wrong as well.
-        log_ratio = logp - old_logp[mb_step, mb_image]
+        log_ratio = logp - rollout.logp[mb_step, mb_image]
         if first:
-            stats.add(first_log_ratio=log_ratio, first_step=mb_step)
+            stats.add(ratio_first_error=(log_ratio.exp() - 1).abs())
         mb_advantage = advantage[mb_image]
         loss = policy_loss(log_ratio, mb_advantage, args.clip_range)  # (M,)
         if args.kl_coef > 0:  # KL of the sampler's Gaussians; [FG] omits Delta from the variance
             with policy.reference():
-                _, mean_ref, _ = transition_logp(policy, *transitions, mb_step, mb_image)
+                _, mean_ref, _ = transition_logp(policy, rollout, mb_step, mb_image)
             kl = ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(1)
             stats.add(kl_ref=kl)
             loss = loss + args.kl_coef * kl
         policy.backward((loss / K).sum() / len(images))
-        stats.add(loss=loss, log_ratio=log_ratio, advantage=mb_advantage)
+        stats.add(loss=loss, **ratio_metrics(log_ratio, mb_advantage, args.clip_range))
     stats.add(grad_norm=policy.clip_gradients(args.max_grad_norm))
     optimizer.step()
     policy.update_average()
     optimizer.zero_grad(set_to_none=False)  # clip_gradients needs every .grad
+    return True
 
 
 def main(args):
@@ -156,25 +173,23 @@ def main(args):
     sigmas = policy.sigmas(args.steps)
     s = noise_scale(sigmas, args.sde, args.noise_level)  # (T - 1,)
     prompt_index = torch.arange(N, device=policy.device) // G  # (N,) the prompt of each image
-    common.print_plan(args, sigmas, s, sde_steps, G)
+    common.print_plan(args, sigmas, s, sde_steps, f"{P} prompts x {G} = {P * G} images")
 
-    stored = (1 + 3 * K) * N  # latents that a rollout keeps: noise, x and x_next
-    run = common.Run(args, policy, optimizer, reward, eval_reward, stored, states=K * N // U)
-    if run.iteration is None:  # a new run: evaluate the base model
-        metrics = {"iteration": 0} | run.evaluate(0)
-        run.save(0, metrics)
-        run.log(0, metrics)
+    run = common.Run(args, policy, optimizer, reward, eval_reward, trajectories=N)
+    if not run.lines:  # a new run: evaluate the base model
+        run.record({"iteration": 0} | run.evaluate(0))
     for iteration in run.remaining():
+        # The sampler is deterministic but for the random steps: only they have a probability to change.
         run.phase("rollout")
         prompts, text = run.text(iteration)
         chosen = common.iteration_steps(sde_steps, K, iteration, args.seed)  # K steps
-        levels = [level[chosen] for level in (sigmas[:-2], sigmas[1:-1], s)]  # sigma, sigma_next, s: (K,)
         generator = common.generator(args.seed, "noise", iteration)
-        noise = [policy.noise(P, G, generator) for _ in range(1 + K)]
+        noise = [policy.draw_noise(P, G, generator) for _ in range(1 + K)]
         if args.shared_noise:
             noise[0] = noise[0][prompt_index * G]
-        x, x_next, old_logp, latents = rollout(policy, text, prompt_index, noise, sigmas, s, args.sde, chosen)
+        latents, rollout = sample(policy, text, prompt_index, noise, sigmas, s, args.sde, chosen)
 
+        # Prompts differ in difficulty, so an image is compared with the other images of its own prompt only.
         run.phase("reward")
         captions = [prompts[n] for n in prompt_index.tolist()]
         rewards, parts = common.score(policy, reward, latents, captions)
@@ -182,17 +197,19 @@ def main(args):
         advantage, zero_std_groups = group_advantage(rewards.view(-1, G), batch_std, args.adv_clip)
         advantage = advantage.flatten()  # (N,)
 
+        # From the second update on, the weights are not those that sampled: the ratio corrects for this, and
+        # its clip keeps them near.
         run.phase("train")
-        stats, transitions = common.Stats(), (text, prompt_index, levels, args.sde, x, x_next)
-        for n, images in enumerate(torch.arange(N).view(U, -1)):
-            update(policy, optimizer, args, transitions, old_logp, advantage, images, stats, first=n == 0)
+        stats, stepped = common.Stats(), False
+        for images in torch.arange(N).view(U, -1):
+            stepped |= update(policy, optimizer, args, rollout, advantage, images, stats, first=not stepped)
+        del noise, latents, rollout  # the next rollout needs the memory
 
-        metrics = {"iteration": iteration} | common.reward_metrics(rewards, parts, G, zero_std_groups)
-        metrics |= stats.metrics(args.clip_range, steps=K, transitions=K * N)
+        metrics = {"iteration": iteration} | stats.metrics()
+        metrics |= common.reward_metrics(rewards, parts, G, zero_std_groups)
         if iteration % args.eval_every == 0 or iteration == args.iterations:
             metrics |= run.evaluate(iteration)
-        run.save(iteration, metrics)
-        run.log(iteration, metrics)
+        run.record(metrics)
     run.summary()
 
 

@@ -631,7 +631,9 @@ def get_reward(spec, device=None, offload=False):
     for text in spec.split(","):
         match = re.fullmatch(r"([^=]+)(?:=([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?))?", text.strip())
         weight = float(match[2] or 1) if match else 0.0
-        if match is None or match[1] in parts or not 0 < abs(weight) < 1e9:
+        name = match[1] if match else ""
+        name = Path(name).name if ".py:" in name else name  # a file's metrics do not name its folder
+        if match is None or name in parts or not 0 < abs(weight) < 1e9:
             raise SystemExit(f"error: {text!r} repeats a name, or its weight is 0 or no number; {GRAMMAR}")
-        parts[match[1]] = *find_function(match[1], device), weight
+        parts[name] = *find_function(match[1], device), weight
     return Reward(parts, device, offload)

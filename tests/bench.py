@@ -3,7 +3,6 @@
     python tests/bench.py plan --model sd3 --memory 24 --tflops 65    # counted, for any card
     python tests/bench.py iteration --model sd3                       # measured beside counted, on CUDA
     python tests/bench.py iteration --model sd3 --tiny                # the same with a toy, on a CPU
-    python tests/bench.py side-by-side --before HEAD~1                # two commits, tiny model, on a CPU
 
 Further options go to the scripts: `plan --scripts gcpo --chunk-max 2`. What was measured is in bench.md.
 """
@@ -12,8 +11,6 @@ import argparse
 import gc
 import json
 import math
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -174,12 +171,12 @@ def count_model(model, dtype, tiny, **settings):
 KERNEL = 25e-6  # seconds to launch a kernel from Python: 22 to 29 measured on an H200
 COMPILED = 0.5  # part of that which --compile leaves: 0.54 in sampling, 0.47 in training, measured there
 EAGER = 0.55  # FLOPs per second without --compile: 0.52 in sampling, 0.58 in training, measured there
-LIVE = 0.66  # part of a training call's memory that --compile leaves, measured there; Python finds M without
+LIVE = 0.66  # part of a training call's memory that --compile leaves, measured there; M is found without
+CONTEXT = 0.7e9  # bytes that CUDA takes for itself
 BUS = 3e9  # bytes per second between the memory of the CPU, not pinned, and that of the GPU
 TRIP = 10  # iterations per trip of the text encoders
 PICTURE = 0.02 / 4 / 512**2  # seconds per pixel to prepare a picture for PickScore: 0.02, in four threads
 SCORE_FLOPS, SCORE_BYTES = 0.38e12, 2e9  # PickScore: per picture with its prompt; its weights
-FREE = 0.05  # share of the memory that stays free
 
 Work = namedtuple("Work", "forward train images trajectories latents")
 
@@ -213,7 +210,7 @@ def work(module, args):
     train = [K * N / U] * U
     if module is gcpo:
         few = -(-K // args.chunk_max)
-        sizes = gcpo.parse_chunks(args, steps, K) or [K // few + (n < K % few) for n in range(few)]
+        sizes = gcpo.parse_chunks(args, steps) or [K // few + (n < K % few) for n in range(few)]
         share = max(1, int(args.chunk_fraction * len(sizes) + 0.5)) / len(sizes)
         train = [share * rows for rows in train]
         # later updates need the current log-probs of whole chunks
@@ -248,13 +245,17 @@ def plan(module, args, model, memory, rate, tiny=False):
         most = {phase: stays + m.calls[call][2] / 2 * rows for phase, (call, _) in jobs.items()}
         if compiled:  # sampling has training's graph
             most["rollout"] = most["train"] = stays + LIVE * (most["train"] - stays)
-        most["rollout"] = max(most["rollout"], stays + m.encoders)
+        most["rollout"] = max(most["rollout"], stays - m.network + m.encoders)  # which is on the CPU then
         return most | {"reward": most["reward"] + pictures + offload}
 
-    most = math.ceil(max(does.train))
-    fits = [rows for rows in range(1, most + 1) if max(peaks(rows, False).values()) <= (1 - FREE) * memory]
-    largest = max(fits, default=0)
-    evenly = math.ceil(most / math.ceil(most / max(largest, 1)))  # no call is nearly empty
+    # as in Policy.fit_micro_batch: before the first iteration, so without AdamW's states and the latents
+    kept = m.latent * (1 + 3 * common.parse_sde_steps(args)[1]) * does.trajectories
+    resident = m.network + m.adapter * (2 + (args.ema_decay > 0)) + SCORE_BYTES - offload
+    room = memory - CONTEXT - resident - max(kept, memory / 10)
+    call, largest = max(m.calls["train"][2], m.calls["decode"][2]) / 2, does.trajectories
+    while largest > 0 and largest * call > room:
+        largest = largest * 9 // 10
+    evenly = math.ceil(does.trajectories / math.ceil(does.trajectories / max(largest, 1)))
     M = min(args.micro_batch or evenly, does.trajectories)
 
     def seconds(call, sizes):
@@ -268,9 +269,9 @@ def plan(module, args, model, memory, rate, tiny=False):
     scoring = SCORE_FLOPS * does.images
     flops = sum(sum(sizes) * m.calls[call][0] / 2 for call, sizes in jobs.values()) + reading + scoring
     times = {phase: seconds(*job) for phase, job in jobs.items()}
-    times["rollout"] += reading / rate + 2 * m.encoders / BUS / TRIP
+    times["rollout"] += reading / rate + 2 * (m.encoders + m.network) / BUS / TRIP  # they swap places
     times["reward"] += does.images * PICTURE * args.resolution**2 + scoring / rate
-    total, shown = sum(times.values()), min(64, len(common.read_prompts(args.eval_prompts))) * args.eval_seeds
+    total, shown = sum(times.values()), len(common.held_out_prompts(args)) * args.eval_seeds
     times["eval"] = seconds("rollout", [shown] * args.eval_steps) + times["reward"] * shown / does.images
     evaluations = 1 + math.ceil(args.iterations / args.eval_every)
     return {
@@ -365,40 +366,11 @@ def bench_iteration(args, options):
         torch.compiler.reset()
 
 
-def bench_side_by_side(args, options):
-    """Rollout and training on the tiny model in two threads: these files against those of a commit."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = f"mkdir {folder}/before; git archive {args.before} | tar -x -C {folder}/before"
-        subprocess.run(command, shell=True, cwd=ROOT, check=True)
-        # no two images have the same reward, so no advantage is 0 and both do the same calls
-        code = "def mean(images, prompts):\n    return images.mean((1, 2, 3))\n"
-        Path(folder, "reward.py").write_text(code)
-        quick = f"--reward {folder}/reward.py:mean --device cpu --iterations 3 --eval-every 99 --eval-seeds 1"
-
-        def seconds(root, script, line):
-            output = tempfile.mkdtemp(dir=folder)
-            command = f"{sys.executable} {script}.py {quick} --eval-steps 1 --output {output} {line}"
-            env = os.environ | {"OMP_NUM_THREADS": "2"}
-            subprocess.run(command.split(), cwd=root, env=env, check=True, stdout=subprocess.DEVNULL)
-            lines = [json.loads(line) for line in Path(output, "metrics.jsonl").read_text().splitlines()]
-            return min(line["rollout_s"] + line["train_s"] for line in lines[1:])
-
-        for size, script in ((size, script) for size in ("48", "4") for script in args.scripts):
-            line = f"--micro-batch {size} {' '.join(options)}"
-            pairs = [
-                (seconds(ROOT, script, line), seconds(f"{folder}/before", script, line))
-                for _ in range(args.pairs)
-            ]
-            ratios = [after / before for after, before in pairs]
-            print(f"{script} --micro-batch {size}: after / before {median(ratios):.2f}", end=" ")
-            print(f"({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = {"plan": bench_plan, "iteration": bench_iteration, "side-by-side": bench_side_by_side}
+    commands = {"plan": bench_plan, "iteration": bench_iteration}
     parser.add_argument("command", choices=list(commands))
     parser.add_argument("--model", choices=list(small_pipelines.MAKERS), default="sd3")
     parser.add_argument("--memory", type=float, default=24, help="GB of the card, as it is sold")
@@ -406,10 +378,6 @@ def main():
     parser.add_argument("--scripts", nargs="+", choices=list(SCRIPTS), default=list(SCRIPTS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="iteration: a toy, to try it on a CPU")
-    parser.add_argument(
-        "--before", default="HEAD", help="side-by-side: a commit, beside the files as they are"
-    )
-    parser.add_argument("--pairs", type=int, default=10, help="side-by-side: how often")
     args, options = parser.parse_known_args()
     commands[args.command](args, options)
 

@@ -129,7 +129,7 @@ def test_grpo(record, steps, chosen, sde):
     seen = record(grpo, *OPTIONS, "--sde-steps", steps, *sde)
     old, share_clipped = seen.rollouts[0][1][2], []
     advantage = seen.advantages[0][1][0].flatten().double()
-    assert len(old) == len(chosen) == len(metrics(seen.folder)[1]["ratio_first_error_by_step"])
+    assert len(old) == len(chosen) and metrics(seen.folder)[1]["ratio_first_error"] < 1e-7
     for update, images, got in updates(seen, 8):
         total = naive_loss(grpo, seen, images, share_clipped)
         if update == 0:  # at ratio 1 the gradient is that of -A * logp
@@ -260,12 +260,18 @@ def evaluations(module, seen, live=None, passes=3):
     return rollout + passes * sum(live) + again
 
 
-@pytest.mark.parametrize("module, steps", [(grpo, "2"), (gcpo, "1,2"), (tempflow_grpo, "2"), (grpo, "all")])
+DRAWN = "all --sde-steps-per-iteration 2"
+
+
+@pytest.mark.parametrize(
+    "module, steps", [(grpo, DRAWN), (gcpo, "1,2"), (tempflow_grpo, DRAWN), (grpo, "all")]
+)
 def test_velocity_evaluations_are_the_formula(record, monkeypatch, module, steps):
     """As before iteration 1, those of an evaluation are not counted."""
     train_on(monkeypatch, brightness)  # no group is flat
     options = ["--chunk-fraction", 1] if module is gcpo else []
-    seen = record(module, "--iterations", 1, "--updates-per-iteration", 1, "--sde-steps", steps, *options)
+    options += ["--sde-steps", *steps.split()]
+    seen = record(module, "--iterations", 1, "--updates-per-iteration", 1, *options)
     assert len(seen.rollouts[0][0][7]) == (4 if steps == "all" else 2)
     assert metrics(seen.folder)[-1]["velocity_evals"] == evaluations(module, seen)
 
@@ -297,15 +303,18 @@ def test_what_has_no_advantage_is_left_out_with_the_same_gradient(record, monkey
         eps = seen.args.clip_range
         beyond += [(a * (ratio - 1) > a.abs() * eps).item() for a, ratio, _ in terms(module, seen, part)]
     assert any(off)
-    if module is grpo:  # averages over all transitions; GCPO counts each step of a chunk, TempFlow weighs
-        assert line["loss"] == pytest.approx(sum(losses).item() / 2, abs=1e-6)
-        assert 0 < line["clip_low"] + line["clip_high"] == pytest.approx(sum(beyond) / len(beyond), abs=1e-6)
+    if module is grpo:  # averages over what was trained; GCPO counts each step of a chunk, TempFlow weighs
+        assert line["loss"] == pytest.approx(sum(losses).item() * 8 * 4 / sum(live), rel=1e-9)
+        assert 0 < line["clip_low"] + line["clip_high"] == pytest.approx(sum(beyond) / sum(live), rel=1e-9)
     assert line["zero_std_groups"] == (3 / 16 if temp else 1 / 2)
 
 
 @pytest.mark.parametrize("module", EACH)
 def test_weights_average_and_files_are_those_made_by_hand(record, monkeypatch, module):
-    """Clipped gradients, AdamW, the moving average, what is evaluated and saved. Iteration 2 is flat."""
+    """Clipped gradients, AdamW, the moving average, what is evaluated and saved.
+
+    Iteration 2 is flat: it takes no step, for which Adam's momentum alone would move the weights.
+    """
     calls, count = [], 48 if module is tempflow_grpo else 8
 
     def flat_later(images, prompts):
@@ -313,10 +322,11 @@ def test_weights_average_and_files_are_those_made_by_hand(record, monkeypatch, m
         return torch.ones(count) if len(images) == count and calls.count(count) == 2 else brightness(images)
 
     train_on(monkeypatch, flat_later)
-    options = "--iterations 2 --max-grad-norm 1e-6 --ema-decay 0.2 --ema-every 2 --eval-every 1"
+    options = "--iterations 3 --max-grad-norm 1e-6 --ema-decay 0.2 --ema-every 2 --eval-every 1"
     seen = record(module, *OPTIONS, *EACH[module], *options.split(), "--lora-alpha", 2)
     policy, final = seen.policy, [parameter.detach().clone() for parameter in seen.policy.parameters]
     weights, found, averages = [*(before for before, _ in seen.updates), final], {}, []
+    assert len(seen.updates) == 4
     for clip in (True, False):
         mine, average = [torch.nn.Parameter(weight.clone()) for weight in weights[0]], weights[0]
         adam = torch.optim.AdamW(mine, 3e-3, weight_decay=0.0)
@@ -330,27 +340,26 @@ def test_weights_average_and_files_are_those_made_by_hand(record, monkeypatch, m
                 decay = min(0.2, n / (9 + n))
                 average = [decay * a + (1 - decay) * p.detach() for a, p in zip(average, mine)]
                 averages += [average] if clip else []
+    # Adam divides by the gradient's size, so float32 weights follow to a few of their digits only
     assert all(found[True, n] < 1e-6 and (n == 1 or found[False, n] > 1e-3) for n in range(1, 5))
-    assert relative_error(weights[3], weights[2]) > 1e-4  # momentum, although the gradient is 0
-    assert all(g.abs().max() == 0 for _, gradient in seen.updates[2:] for g in gradient)
-    one, two = metrics(seen.folder)[1:]
-    assert one["grad_norm"] > 1e-5 and two["zero_std_groups"] == 1
-    assert all(two[name] == 0 for name in ("grad_norm", "loss", "approx_kl", "clip_low", "clip_high"))
-    assert two["ratio_mean"] is two["ratio_min"] is two["ratio_max"] is two["ratio_first_error"] is None
-    assert two["ratio_first_error_by_step"] == [None] * 4
+    one, two, three = metrics(seen.folder)[1:]
+    assert one["grad_norm"] > 1e-5 and two["zero_std_groups"] == 1 and three["ratio_first_error"] < 1e-7
+    names = "ratio_mean ratio_min ratio_max ratio_first_error clip_low clip_high approx_kl loss grad_norm"
+    assert all(two[name] is None for name in names.split())
     assert two["velocity_evals"] - one["velocity_evals"] == evaluations(module, seen, [0])
 
     (text,) = policy.encode(common.read_prompts(seen.args.eval_prompts))
-    noise, pictures = policy.noise(2, 1, common.generator(0, "evaluation", 0)), []
-    for used in (*averages, final):
+    noise, pictures = policy.draw_noise(2, 1, common.generator(0, "evaluation", 0)), []
+    for used in (averages[0], averages[0], averages[1], final):
         put_weights(policy, used)
         x = common.ode_sample(policy, noise, text, torch.arange(2), policy.sigmas(2))
         pictures.append(policy.decode(x))
-    saved = load_file(seen.folder / "lora" / "pytorch_lora_weights.safetensors")
-    put_weights(policy, averages[-1])
-    for name, weight in policy.lora().items():
-        weight = weight * (2 / 4 if "lora_B" in name else 1)  # alpha / rank
-        assert (saved[f"transformer.{name}"] - weight).abs().max() < 1e-7
-    for shown, wanted in zip(seen.images[1:], pictures):
+    for iteration, average in enumerate((averages[0], averages[0], averages[1]), 1):
+        saved = load_file(seen.folder / "lora" / str(iteration) / "pytorch_lora_weights.safetensors")
+        put_weights(policy, average)
+        for name, weight in policy.lora().items():
+            weight = weight * (2 / 4 if "lora_B" in name else 1)  # alpha / rank
+            assert (saved[f"transformer.{name}"] - weight).abs().max() < 1e-7
+    for shown, wanted in zip(seen.images[1:], pictures, strict=False):
         assert (shown - wanted).abs().max() < 1e-5
-    assert (pictures[2] - pictures[1]).abs().max() > 1e-4 and relative_error(averages[-1], final) > 1e-3
+    assert (pictures[3] - pictures[2]).abs().max() > 1e-4 and relative_error(averages[-1], final) > 1e-3

@@ -22,7 +22,7 @@ OF_SCRIPT = {  # with what all processes agree on: the std of all rewards, steps
     "grpo": "--group-size 4 --adv-std batch --kl-coef 0.1",
     "gcpo": "--group-size 4 --sde-steps all --chunks adaptive --chunk-fraction 0.5 --weighted-sampling"
     " --ema-decay 0.5 --shared-noise",
-    "tempflow_grpo": "--seeds-per-prompt 2 --branches 3 --group prompt --sde-steps 2",
+    "tempflow_grpo": "--seeds-per-prompt 2 --branches 3 --group prompt --sde-steps-per-iteration 2",
 }
 
 
@@ -49,7 +49,7 @@ def one_process(script, folder, *arguments):
 
 
 def adapter(folder):
-    (file,) = Path(folder, "lora").glob("*.safetensors")
+    *_, file = sorted(Path(folder, "lora").glob("*/*.safetensors"))  # at most nine evaluations
     return load_file(file)
 
 
@@ -220,7 +220,7 @@ def test_reward_that_fails_in_one_process(tmp_path):
 @pytest.mark.parametrize(
     "arguments, word",
     [
-        (["--prompts-per-iteration", "6"], "cannot divide"),
+        (["--prompts-per-iteration", "6"], "cannot be split"),
         (["--device", "cuda"], "--device cuda"),
         (["--eval-prompts", "{tmp}/one.txt", "--eval-seeds", "1"], "1 evaluation images for 2 processes"),
     ],

@@ -31,11 +31,11 @@ COMMANDS = sorted({*re.findall(r"^(?:python|torchrun) .*\.py\b.*$", SHELL, re.M)
 
 
 class FluxPolicy:
-    """What `rollout` and `transition_logp` need of a policy, for a FluxPipeline. Copy it.
+    """What `sample` and `transition_logp` need of a policy, for a FluxPipeline. Copy it.
 
     Latents are packed: (images, tokens, channels). Guidance is an input of the network. The timestep is
     sigma. Give `scheduler.set_timesteps` the sigmas 1, 1 - 1/T, ..., 1/T and `mu`: `scheduler.sigmas` then
-    ends with the 0 that `rollout` needs.
+    ends with the 0 that `sample` needs.
     """
 
     def __init__(self, pipe, height, width, guidance=3.5, micro_batch=4):  # in tokens of 2 x 2 latents
@@ -49,7 +49,7 @@ class FluxPolicy:
         inputs = x.to(dtype), embeds, pooled, sigma.to(x.device, dtype), self.image_ids, text_ids
         return self.pipe.transformer(*inputs, guidance.to(x.device), return_dict=False)[0].float()
 
-    def velocity_in_micro_batches(self, x, sigma, text, prompt_index, exact=None):
+    def velocity_batched(self, x, sigma, text, prompt_index, pad_first=None):
         parts = zip(x.split(self.micro_batch), prompt_index.split(self.micro_batch))
         return torch.cat([self.velocity(part, sigma, text, rows) for part, rows in parts])
 
@@ -178,7 +178,7 @@ def test_what_a_copied_function_takes_along():
             if inspect.isfunction(function) and function.__module__ == module.__name__:
                 new = {"progress" if n == "common" else n for n in globals_of(function)} - needed - names
                 needed, todo = needed | new, [*todo, *new]
-        policy = {"policy"} if "rollout" in names else set()
+        policy = {"policy"} if "sample" in names else set()
         assert (needed - names) | policy == with_it - names or needed | policy == with_it, (names, needed)
 
 
@@ -209,14 +209,11 @@ def test_a_policy_for_a_flux_pipeline():
         )
         s = common.noise_scale(sigmas, "flow", 0.9)
         noise = [torch.randn(2, 16, 16), *torch.randn(2, 2, 3, 16, 16)]
-        x, x_next, logp, images = tempflow_grpo.rollout(mine, text, index, noise, sigmas, s, "flow", [0, 1])
-        levels = [level[[0, 1]] for level in (sigmas[:-2], sigmas[1:-1], s)]
+        images, rollout = tempflow_grpo.sample(mine, text, index, noise, sigmas, s, "flow", [0, 1])
         steps = torch.tensor([0, 1])
-        again, _, _ = tempflow_grpo.transition_logp(
-            mine, text, index, levels, "flow", x, x_next, steps, index
-        )
+        again, _, _ = tempflow_grpo.transition_logp(mine, rollout, steps, index)
     assert images.shape == (12, 16, 16)
-    torch.testing.assert_close(again, logp[steps, index], atol=1e-6, rtol=0)
+    torch.testing.assert_close(again, rollout.logp[steps, index], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -261,7 +258,7 @@ def test_worked_example_of_a_step():
 
 def test_noise_that_flow_leaves():
     """The std of what is not image before the last step, if the predicted image is right."""
-    sigmas = common.load_pipeline(str(common.TINY), "float32", 32).scheduler
+    sigmas = common.load_pipeline(str(common.TINY), "float32").scheduler
     sigmas.set_timesteps(10)
     sigmas = sigmas.sigmas.double()
     s, left = common.noise_scale(sigmas, "flow", 0.7), []

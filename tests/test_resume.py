@@ -23,8 +23,11 @@ import rewards
 from conftest import ROOT, SCRIPTS, assert_same_run, metrics, run_main, slow, small, state
 from shapes import shapes
 
-LORA = "lora/pytorch_lora_weights.safetensors"
-EXTRA = {"grpo": "--kl-coef 0.01", "gcpo": "--weighted-sampling", "tempflow_grpo": "--sde-steps 2"}
+EXTRA = {
+    "grpo": "--kl-coef 0.01",
+    "gcpo": "--weighted-sampling",
+    "tempflow_grpo": "--sde-steps-per-iteration 2",
+}
 PRELOAD = ["conftest", *SCRIPTS, "peft", "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3"]
 
 
@@ -42,7 +45,11 @@ def whole(tmp_path_factory):
 
 def done(folder):
     """The iteration of the checkpoint."""
-    return state(folder)["iteration"]
+    return state(folder)["lines"][-1]["iteration"]
+
+
+def adapter_of(iteration):
+    return f"lora/{iteration}/pytorch_lora_weights.safetensors"
 
 
 def same_adapter(one, other):
@@ -61,7 +68,7 @@ def test_stopped_and_resumed_is_the_same_run(script, tmp_path):
         file.write('{"iteration": 4, "rew')  # half a last line
     assert run_main(script, "--resume", other, "--iterations", "6") is None
     assert_same_run(one, other)
-    for adapter in (LORA, LORA.replace("lora/", "lora_best/")):
+    for adapter in (adapter_of(3), adapter_of(6)):
         assert same_adapter(one / adapter, other / adapter)
         assert (one / adapter).stat().st_mode & 0o777 == (one / "metrics.jsonl").stat().st_mode & 0o777
 
@@ -107,7 +114,7 @@ def test_ctrl_c_and_out_of_memory_amid_updates_are_one_line(interrupted, whole, 
 
 def test_a_reward_that_fails_at_iteration_3(whole, monkeypatch, tmp_path):
     calls, jpeg = [], rewards.REWARDS["jpeg_compressibility"]
-    prompts = common.iteration_prompts(common.read_prompts("tiny:prompts.txt"), 2, 3, 0)
+    prompts = common.iteration_prompts(common.read_prompts(None), 2, 3, 0)
 
     def reward(images, captions):
         calls.append(1)
@@ -143,7 +150,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(whole, monkeypatch, tmp_pat
     assert_same_run(whole, tmp_path / "run")
 
 
-def test_a_full_disk(whole, monkeypatch, tmp_path):
+def test_a_full_disk(whole, monkeypatch, tmp_path, capfd):
     """A limit on the size of files, at the checkpoint of iteration 2; then there is room again."""
     run, original = tmp_path / "run", common.write
 
@@ -158,9 +165,10 @@ def test_a_full_disk(whole, monkeypatch, tmp_path):
 
     with monkeypatch.context() as patch:
         patch.setattr(common, "write", write)
-        with pytest.raises(OSError, match="File too large"):
-            run_main("grpo", *options(run, 4))
-    assert done(run) == 1
+        message = run_main("grpo", *options(run, 4))
+    assert "OSError" in message and f"--resume {run}" in message
+    assert "File too large" in capfd.readouterr().err  # the traceback
+    assert done(run) == 1 and not list(run.glob("*.tmp"))
     assert run_main("grpo", "--resume", run) is None
     assert_same_run(whole, run)
 
@@ -173,7 +181,7 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path):
     for damaged in (b"", content[: len(content) // 2], b"text", evil.read_bytes()):
         (run / "checkpoint.pt").write_bytes(damaged)
         before = (run / "metrics.jsonl").read_bytes()
-        assert "cannot be read" in run_main("grpo", "--resume", run, "--iterations", 2)
+        assert "cannot be resumed" in run_main("grpo", "--resume", run, "--iterations", 2)
         assert (run / "checkpoint.pt").read_bytes() == damaged and (
             run / "metrics.jsonl"
         ).read_bytes() == before
@@ -185,21 +193,27 @@ def test_what_is_missing_or_damaged_is_not_replaced_by_a_new_run(finished, tmp_p
         return tmp_path / name
 
     (damage("gone") / "checkpoint.pt").unlink()
-    (damage("half") / "metrics.jsonl").write_text((finished / "metrics.jsonl").read_text()[:300])
-    (damage("empty") / "metrics.jsonl").write_text("")
     torch.save({"a": 1}, damage("foreign") / "checkpoint.pt")
-    for name in ("gone", "half", "empty", "foreign"):
+    renamed = state(damage("renamed"))
+    renamed["lora"] = {name.replace("to_q", "to_query"): weight for name, weight in renamed["lora"].items()}
+    torch.save(renamed, tmp_path / "renamed" / "checkpoint.pt")
+    for name, word in (("gone", "is missing"), ("foreign", "lines"), ("renamed", ".to_q")):
         before = (tmp_path / name / "metrics.jsonl").read_bytes()
         message = run_main("grpo", "--resume", tmp_path / name, "--iterations", 3)
-        assert message.startswith("error: ") and "start a new run" in message
+        assert message.startswith("error: ") and word in message and "start a new run" in message
         assert (tmp_path / name / "metrics.jsonl").read_bytes() == before
 
 
-def test_the_best_is_chosen_anew_if_evaluations_differ(finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "run")
-    more = ["--iterations", 3, "--reward", "jpeg_compressibility"]
-    assert run_main("grpo", "--resume", tmp_path / "run", *more) is None
-    assert state(tmp_path / "run")["best"][1] == 3
+def test_metrics_are_those_of_the_checkpoint(finished, tmp_path):
+    """Whatever became of metrics.jsonl and of the pictures."""
+    for name, content in (("half", (finished / "metrics.jsonl").read_text()[:300]), ("empty", "")):
+        run = tmp_path / name
+        shutil.copytree(finished, run)
+        (run / "metrics.jsonl").write_text(content)
+        shutil.rmtree(run / "samples")
+        assert run_main("grpo", "--resume", run, "--iterations", 3) is None
+        assert metrics(run)[:3] == metrics(finished) and len(metrics(run)) == 4
+        assert (run / "samples" / "3.png").exists() and not (run / "samples" / "compare.png").exists()
 
 
 # ---------------------------------------------------------------- overriding settings
@@ -222,11 +236,9 @@ def finished(tmp_path_factory):
 @pytest.mark.parametrize(
     "script, given, says",
     [
-        ("grpo", "--seed 5", "--seed"),
         ("grpo", "--output other", "--output"),
         ("grpo", "--lora-rank 2", "--lora-rank"),
         ("grpo", "--lora-alpha 2", "--lora-alpha"),
-        ("grpo", "--iterations 1", "must be at least 2"),
         ("gcpo", "", "grpo.py"),
     ],
 )
@@ -261,21 +273,32 @@ def test_options_beside_resume_override_and_paths_are_absolute(finished, tmp_pat
     assert "eval_reward" in metrics(copy)[3]
 
 
-def test_a_run_moves_with_its_prompts(finished, tmp_path, capsys):
-    """To where its prompts were, nothing is left. They also are the prompts of evaluations."""
-    shutil.copytree(finished.parent, tmp_path / "there")
-    config = tmp_path / "there" / "run" / "config.json"
-    config.write_text(config.read_text().replace(str(finished.parent), "/nowhere"))
-    assert "cannot be read" in run_main("grpo", "--resume", config.parent, "--iterations", 3)
-    prompts = ["--prompts", tmp_path / "there" / "prompts.txt"]
-    assert run_main("grpo", "--resume", config.parent, "--iterations", 3, *prompts) is None
-    assert "chosen anew" not in capsys.readouterr().out  # the evaluations are the same
+def test_a_run_moves_with_its_files(tmp_path, monkeypatch):
+    """Model, prompts, evaluation prompts and reward were elsewhere: they are given again."""
+    there, moved = tmp_path / "there", tmp_path / "moved"
+    there.mkdir()
+    shutil.copytree(common.TINY, there / "model", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    (there / "p.txt").write_text("a red circle\ntwo blue squares\n")
+    (there / "e.txt").write_text("a green square\n")
+    (there / "r.py").write_text("def f(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    files = "--model model --prompts p.txt --eval-prompts e.txt --reward r.py:f".split()
+    more = [*small("grpo"), "--resolution", 32, "--dtype", "float32", "--output", "run"]
+    monkeypatch.chdir(there)
+    assert run_main("grpo", *more, *files, "--iterations", 1) is None
+    assert "reward_std/r.py:f" in metrics("run")[1]  # by what was typed
+    monkeypatch.chdir(tmp_path)
+    there.rename(moved)
+    assert str(there) in run_main("grpo", "--resume", moved / "run", "--iterations", 2)
+    monkeypatch.chdir(moved)
+    assert run_main("grpo", "--resume", "run", "--iterations", 2, *files) is None
+    assert metrics("run")[2]["reward/r.py:f"] > 0
 
 
-def test_bundled_prompts_are_stored_by_name(tmp_path):
+def test_bundled_files_are_stored_by_name(tmp_path):
     assert run_main("grpo", *options(tmp_path / "run", 1)) is None
     settings = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
-    assert settings["model"] == "tiny" and not Path(settings["prompts"]).is_absolute()
+    assert settings["model"] == "tiny" and settings["reward"] == "shapes"
+    assert settings["prompts"] is None and settings["eval_prompts"] is None
     settings.pop("sde_steps")
     config = {"script": "grpo", "settings": settings | {"branch_steps": "all"}}
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
@@ -283,19 +306,19 @@ def test_bundled_prompts_are_stored_by_name(tmp_path):
     assert "branch_steps, sde_steps" in message
 
 
-def test_the_best_adapter_is_kept(monkeypatch, tmp_path):
-    """Evaluations of 0.5, 0.6, 0.9, 0.7, 0.9: lora_best is that of iteration 2, also after resuming."""
+def test_the_adapter_of_each_evaluation_is_kept(monkeypatch, tmp_path, capsys):
+    """Evaluations of 0.5, 0.6, 0.9, 0.7, 0.9: the best is that of iteration 2, also after resuming."""
     scores, original = iter([0.5, 0.6, 0.9, 0.7, 0.9]), common.Run.evaluate
     patched = lambda self, *args: original(self, *args) | {"eval_reward": next(scores)}  # noqa: E731
     monkeypatch.setattr(common.Run, "evaluate", patched)
-    run, kept = tmp_path / "run", {}
+    run = tmp_path / "run"
     for iterations in (1, 2, 3, 4):
-        start = ["--resume", run] if kept else options(run, 1, "--eval-every", 1)
+        start = options(run, 1, "--eval-every", 1) if iterations == 1 else ["--resume", run]
         assert run_main("grpo", *start, "--iterations", iterations) is None
-        kept[iterations] = shutil.copy(run / LORA, tmp_path / f"{iterations}.safetensors")
-        assert same_adapter(run / "lora_best" / Path(LORA).name, kept[min(iterations, 2)])
-    assert not same_adapter(kept[2], kept[3])
-    assert state(run)["best"][:2] == [0.9, 2]
+    result, where = capsys.readouterr().out.splitlines()[-2:]
+    assert "0.500 -> 0.900, best 0.900 at 2" in result and where.endswith("lora/2")
+    for iteration in (2, 3, 4):
+        assert not same_adapter(run / adapter_of(1), run / adapter_of(iteration))
 
 
 # ---------------------------------------------------------------- processes that are killed

@@ -10,7 +10,7 @@ import common
 import tempflow_grpo
 from conftest import metrics
 from tempflow_grpo import step_weights
-from test_gradients import brightness, train_on
+from test_gradients import DRAWN, brightness, train_on
 
 
 def levels(sigmas, kind, level):
@@ -94,9 +94,9 @@ def test_reward_of_a_branch_goes_to_its_own_step_start_and_prompt(record, monkey
             assert captions[(k * 4 + n) * 3] == batch[n // 2]
 
 
-@pytest.mark.parametrize("choice, want", [("2", 2), ("1,3", [1, 3]), ("2,", [2]), ("early", [0, 1])])
+@pytest.mark.parametrize("choice, want", [(DRAWN, 2), ("1,3", [1, 3]), ("2,", [2]), ("early", [0, 1])])
 def test_branch_steps(record, choice, want):
-    seen = record(tempflow_grpo, "--iterations", "2", "--sde-steps", choice, double=False)
+    seen = record(tempflow_grpo, "--iterations", "2", "--sde-steps", *choice.split(), double=False)
     drawn = [line["branch_steps"] for line in metrics(seen.folder)[1:]]
     if isinstance(want, int):
         assert all(len(steps) == want and steps == sorted(set(steps)) for steps in drawn)
