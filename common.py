@@ -426,6 +426,8 @@ def load_pipeline(model, dtype):
         require(found == wanted, f"--model {model} has a {found}; it must be a {wanted}")
         quantised = getattr(part.config, "quantization_config", None)
         require(not quantised, f"--model {model} is quantised; use the original, with --dtype bfloat16")
+        absent = [name for name, weight in part.named_parameters() if weight.is_meta]
+        require(not absent, f"--model {model} is incomplete: {found} has no weights for {absent[:1]}")
     for option in ("invert_sigmas", "stochastic_sampling", "use_beta_sigmas"):
         problem = f"--model {model}: {option} of the scheduler is not supported; set it to false"
         require(not pipe.scheduler.config.get(option), problem)

@@ -139,7 +139,7 @@ def test_time_and_memory_by_hand(tmp_path):
             live = 2 * bench.LIVE if compiled else 2
             assert result["peak_memory_gb/train"] == pytest.approx(5 + 2 + live)
         assert result["peak_memory_gb/rollout"] == pytest.approx(2 + 9)
-        # beside a tenth, 5 + 2 GB and CUDA's 0.7: 19.3 for 16 latents, 10.3 for 10 (16, 14, 12 are tried), 0.4
+        # beside a tenth, 5 + 2 GB and CUDA's 0.7: 19.3 for 16 latents; 10.3 for 10 after 16, 14, 12; 0.4
         for gigabytes, largest in ((30, 16), (20, 10), (9, 0)):
             assert bench.plan(grpo, args, "sd3", gigabytes * 1e9, rate)["largest micro-batch"] == largest
 

@@ -214,7 +214,7 @@ def test_reward_that_fails_in_one_process(tmp_path):
     assert status != 0
     (line,) = second
     assert "picky" in line and "will not look at this" in line
-    assert metrics(tmp_path / "run")[-1]["iteration"] == state(tmp_path / "run")["iteration"] == 1
+    assert metrics(tmp_path / "run")[-1]["iteration"] == state(tmp_path / "run")["lines"][-1]["iteration"] == 1
 
 
 @pytest.mark.parametrize(

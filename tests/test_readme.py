@@ -142,7 +142,8 @@ def test_example_with_plain_diffusers_runs(tmp_path):
     done = cli("grpo", *small("grpo"), "--iterations", "1", "--output", tmp_path / "runs" / "mine")
     assert done.returncode == 0, done.stderr
     (tmp_path / "tests").symlink_to(ROOT / "tests")
-    command = [sys.executable, "-c", python_block("import torch\n")]
+    code = python_block("import torch\n").replace("lora/150", "lora/1")
+    command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "two_red_circles.png").stat().st_size > 500
