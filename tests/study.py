@@ -1,8 +1,8 @@
 """The study: which algorithm is better on the tiny model, at equal cost, with error bars.
 
-    python tests/study.py run [--only KEY...]   # make missing runs, two steps of the search first; repeat it
-    python tests/study.py add FOLDER...         # add finished run folders to runs.jsonl
-    python tests/study.py page                  # tests/curves/README.md, the figures, README.md's claims
+    python tests/study.py run             # make missing runs; stop it at any time, the next call resumes
+    python tests/study.py add FOLDER...   # add finished run folders to runs.jsonl
+    python tests/study.py page            # write tests/curves/README.md, the figures, README.md's claims
 
 All results come from tests/curves/runs.jsonl. It has one line per run: name, random seed, command, commit,
 machine, versions, seconds of training, and the evaluated iterations. A name is script, sampler, noise, random
@@ -16,20 +16,27 @@ import os
 import platform
 import re
 import shutil
-import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tiny")]
+
+import common  # noqa: E402
+import gcpo  # noqa: E402
+import grpo  # noqa: E402
+from shapes import shapes  # noqa: E402
+
 CURVES = ROOT / "tests" / "curves"
 RUNS = CURVES / "runs.jsonl"
 BUDGET = 360_000  # velocity evaluations at which runs are compared
@@ -154,9 +161,14 @@ def verdict(claim, differences):
     return "better" if mean > half else "worse" if mean < -half else "unclear"
 
 
+def rate(script, power):
+    """The present learning rate times 2^power, as text."""
+    return f"{float(RATE[script]) * 2.0**power:g}"
+
+
 def at_rate(script, power):
-    """The run of the search whose learning rate is the present one times 2^power."""
-    return plain(f"{SEARCH[script]} --learning-rate {float(RATE[script]) * 2.0**power:g}")
+    """The run of the search with this learning rate."""
+    return plain(f"{SEARCH[script]} --learning-rate {rate(script, power)}")
 
 
 def search(runs, script, seeds=(10, 11)):
@@ -247,10 +259,9 @@ def searches(runs):
         tried, best, todo = search(runs, script)
         for power in sorted({*tried, *todo}):
             rewards = tried.get(power, [])
-            rate = f"{float(RATE[script]) * 2.0**power:g}"
             mean = f"{np.mean(rewards):.3f}" if rewards else "not run yet"
-            note = "best so far" if todo else "best"
-            cells.append([f"`{script}.py`", rate, words(rewards), mean, note if power == best else ""])
+            note = "" if power != best else "best so far" if todo else "best"
+            cells.append([f"`{script}.py`", rate(script, power), words(rewards), mean, note])
     return markdown(["script", "learning rate", "seeds 10, 11", "mean", ""], cells)
 
 
@@ -279,15 +290,8 @@ def key_of(name, seed):
     return "-".join([*short.split(), str(seed)])
 
 
-def options_of(command):
-    """{option: value} of a command line, without those that change no number of an iteration."""
-    free = ("iterations", "eval-every", "output", "resume", "device")
-    options = re.findall(r"--(\S+)(?: (?!--)(\S+))?", command)
-    return {option: value for option, value in options if option not in free}
-
-
 def commit_of(folder):
-    """The commit of the checkout that a run folder lies in, if it is that of the code that made the run."""
+    """The commit of the checkout that a run folder lies in, if its code is the code that made the run."""
 
     def git(*words):
         return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True).stdout
@@ -301,18 +305,23 @@ def commit_of(folder):
 
 
 def check(config, name, seed):
-    """SystemExit if a config.json has other settings than the run's command, or options besides."""
-    given, options = options_of(config["command"]), options_of(command(name, seed))
+    """SystemExit if a config.json has other settings than the run's command, or other options besides."""
+    free = ("iterations", "eval-every", "output", "resume", "device")  # they change no number of an iteration
+    both = (
+        re.findall(r"--(\S+)(?: (?!--)(\S+))?", line) for line in (config["command"], command(name, seed))
+    )
+    given, wanted = ({option: value for option, value in line if option not in free} for line in both)
 
-    def agrees(option, value):
-        setting = config["settings"].get(option.replace("-", "_"))
+    def differs(option):
+        setting, value = config["settings"].get(option.replace("-", "_")), wanted[option]
         if isinstance(setting, bool) or not isinstance(setting, int | float):
-            return setting is True if value == "" else str(setting).endswith(value)  # a path may be absolute
-        return setting == float(value)
+            return (
+                setting is not True if value == "" else not str(setting).endswith(value)
+            )  # an absolute path
+        return setting != float(value)
 
-    wrong = [*(given.keys() - options), *(pair[0] for pair in options.items() if not agrees(*pair))]
-    if wrong or config["script"] != name.split()[0]:
-        raise SystemExit(f"error: this is not a run of {name}: {', '.join(wrong) or config['script']}")
+    if wrong := [*(given.keys() - wanted), *filter(differs, wanted)]:
+        raise SystemExit(f"error: this is not a run of {name}: --{', --'.join(wrong)}")
 
 
 def add(folder, path=RUNS, commit=None, machine=None):
@@ -335,15 +344,12 @@ def add(folder, path=RUNS, commit=None, machine=None):
     if last * evals_of(name) < BUDGET or last < settings["iterations"]:
         raise SystemExit(f"error: {folder} is not finished")
     lists, kept, seconds = seed == 0 and name.split()[0] != "grpo", [], 0.0
-
-    def keeps(key, value, reward):
-        twice = key.startswith(("reward/", "reward_std/")) or (key.startswith("eval/") and value == reward)
-        return not (twice or key.endswith("_s") or (isinstance(value, list) and not lists))
-
     for line in lines:
         seconds += sum(line.get(f"{phase}_s", 0) for phase in ("rollout", "reward", "train"))
         if "eval_reward" in line:
-            line = {key: value for key, value in line.items() if keeps(key, value, line["eval_reward"])}
+            twice = {key for key in line if key.startswith("eval/") and line[key] == line["eval_reward"]}
+            twice |= {key for key in line if key.endswith("_s") or key.startswith(("reward/", "reward_std/"))}
+            line = {k: v for k, v in line.items() if k not in twice and (lists or not isinstance(v, list))}
             kept.append(line | {"seconds": round(seconds)})
     cpu = Path("/proc/cpuinfo")
     cpus = re.findall("model name.*: (.*)", cpu.read_text() if cpu.exists() else "") or [platform.machine()]
@@ -356,11 +362,8 @@ def add(folder, path=RUNS, commit=None, machine=None):
     return f"{name}, seed {seed}: {kept[0]['eval_reward']:.3f} -> {kept[-1]['eval_reward']:.3f}"
 
 
-PROCESSES = []
-
-
 def make(name, seed, work=ROOT / "runs" / "study"):
-    """Make a run in a process with one thread, or resume it. Returns its folder and its status."""
+    """Make a run in a process with one thread, or resume it, and add it. Ctrl-C keeps its last checkpoint."""
     folder, (_, script, *options) = work / key_of(name, seed), command(name, seed).split()
     if (folder / "checkpoint.pt").exists():
         options = ["--resume", str(folder)]
@@ -368,27 +371,15 @@ def make(name, seed, work=ROOT / "runs" / "study"):
         shutil.rmtree(folder, ignore_errors=True)
         options += ["--device", "cpu", "--output", str(folder)]
     work.mkdir(parents=True, exist_ok=True)
-    more = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "stderr": subprocess.STDOUT}
-    log = open(f"{folder}.log", "w", encoding="utf-8")
-    PROCESSES.append(process := subprocess.Popen([sys.executable, script, *options], stdout=log, **more))
-    return folder, process.wait()
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    with open(f"{folder}.log", "w", encoding="utf-8") as log:
+        made = subprocess.run([sys.executable, script, *options], cwd=ROOT, env=env, stdout=log, stderr=log)
+    if made.returncode:
+        raise SystemExit(f"error: the run failed, see {folder}.log")
+    print(add(folder), flush=True)
 
 
-def make_all(todo, workers):
-    """Make runs, several at a time, and add them. What Ctrl-C stops has saved its last iteration."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for folder, status in pool.map(make, *zip(*todo)) if todo else ():
-                print(f"failed, see {folder}.log" if status else add(folder), flush=True)
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in PROCESSES:
-                process.terminate()
-            raise SystemExit("stopped; the same command resumes")
-
-
-# ---------------------------------------------------------------- the figures: 8.3 inches are GitHub's 830 pixels
+# ---------------------------------------------------------------- the figures, as wide as GitHub's page
 
 COST, REWARD = "velocity evaluations in training, thousands", "reward of held-out prompts"
 SIZES = {"font.size": 8.5, "axes.titlesize": 9, "axes.labelsize": 8.5, "legend.fontsize": 8}
@@ -415,14 +406,14 @@ def mean_curve(axes, runs, name, label, seeds=range(8), metric="eval_reward", **
 
 
 def draw_curves(axes, runs):
-    for script, name in DEFAULT.items():
-        mean_curve(axes[0], runs, name, f"{script}.py")
+    for number, (script, name) in enumerate(DEFAULT.items()):
+        mean_curve(axes[0], runs, name, f"{script}.py", color=f"C{number}")
         power = search(runs, script)[1]
-        label = f"{script}.py, rate {float(RATE[script]) * 2.0**power:g}"
-        mean_curve(axes[1], runs, at_rate(script, power), label, range(5))
+        label = f"{script}.py, rate {rate(script, power)}"
+        mean_curve(axes[1], runs, at_rate(script, power), label, range(5), color=f"C{number}")
     mean_curve(axes[0], runs, "grpo flow 0.7 early", "grpo.py, flow 0.7", color="0.5")
     finish(axes[0], "early steps random: defaults, and flow 0.7", loc="lower right")
-    finish(axes[1], "all steps random, flow 0.7: each at its best rate", y="", loc="lower right")
+    finish(axes[1], "all steps random, flow 0.7: tuned learning rates", y="", loc="lower right")
     for one in axes:
         one.set_ylim(0.45, 0.95)
 
@@ -434,12 +425,16 @@ def draw_noise(axes, runs):
             levels = sorted({row.name.split()[2] for row in rows if row.name.split()[1] == sde}, key=float)
             found = {level: values(runs, f"grpo {sde} {level} {steps}", seeds).values() for level in levels}
             found = {float(level): list(rewards) for level, rewards in found.items() if rewards}
-            one.plot([*found], [np.mean(rewards) for rewards in found.values()], style[1:], color=f"C{number}")
+            one.plot(
+                [*found], [np.mean(rewards) for rewards in found.values()], style[1:], color=f"C{number}"
+            )
             for level, rewards in found.items():
                 one.plot([level] * len(rewards), rewards, style[0], color=f"C{number}")
         one.axhline(0.502, color="0.6", linewidth=0.8, linestyle=":")
         one.set_ylim(0.35, 0.95)
-        finish(one, f"--sde {sde}", f"--noise-level ({'a' if sde == 'flow' else 'η'})", "" if number else REWARD)
+        finish(
+            one, f"--sde {sde}", f"--noise-level ({'a' if sde == 'flow' else 'η'})", "" if number else REWARD
+        )
     kinds = ("o", "-", "early steps random"), ("x", "--", "all nine steps random"), ("", ":", "base model")
     handles = [Line2D([], [], color="0.3", marker=m, linestyle=line, label=label) for m, line, label in kinds]
     title = "grpo.py: a mark is one run (random seeds 10 and 11), a line their mean"
@@ -473,10 +468,6 @@ def draw_chunks(axes, runs):
 
 def base_model():
     """The tiny model before training: (policy, held-out prompts, their text, sigmas)."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tiny")]
-    import common
-    import grpo
-
     args = common.parse_args("grpo", grpo.Args, grpo.DEFAULTS, ["--device", "cpu", "--output", "runs/none"])
     policy, prompts = common.make_policy(args, 48), common.read_prompts(args.eval_prompts)
     return policy, prompts, policy.encode(prompts)[0], policy.sigmas(args.steps)
@@ -484,16 +475,14 @@ def base_model():
 
 def walk(policy, text, index, x, sigmas, noise, sde="flow", level=0.7):
     """Yield (x, predicted image) before each step, and the final x; noise: {random step: its noise}."""
-    import torch
-
-    import common
-
     s = common.noise_scale(sigmas, sde, level)
-    for step, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:])):
+    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         with torch.no_grad():
             velocity = policy.velocity_in_micro_batches(x, sigma, text, index)
         yield x, x - sigma * velocity
-        mean, std = common.sde_mean_std(x, velocity, sigma, sigma_next, s[step] if step in noise else 0.0, sde)
+        mean, std = common.sde_mean_std(
+            x, velocity, sigma, sigma_next, s[step] if step in noise else 0.0, sde
+        )
         x = mean + std * noise[step] if step in noise else mean
     yield x, x
 
@@ -501,11 +490,6 @@ def walk(policy, text, index, x, sigmas, noise, sde="flow", level=0.7):
 def chunks_of_the_base_model(each=4, chunk_max=4):
     """By step: mean L1rel, and how often adaptive chunks cut before it; `each` images per held-out prompt."""
     policy, prompts, text, sigmas = base_model()
-    import torch
-
-    import common
-    import gcpo
-
     generator, index = common.generator(0, "chunks", 0), torch.arange(len(prompts) * each) // each
     start, *noise = (policy.noise(len(prompts), each, generator) for _ in range(len(sigmas) - 1))
     states = [x for x, _ in walk(policy, text, index, start, sigmas, dict(enumerate(noise)))]
@@ -522,11 +506,6 @@ def stops_of_the_base_model(leave):
     A row is an ODE trajectory (-1), or its branch with one random step, flow 0.7, at the step in `leave`.
     """
     policy, captions, text, sigmas = base_model()
-    import torch
-
-    import common
-    from shapes import shapes
-
     T, generator, index = len(sigmas) - 1, common.generator(0, "way", 0), torch.arange(len(captions))
     start, images = policy.noise(len(captions), 1, generator), []
     for branch in leave:
@@ -539,45 +518,42 @@ def stops_of_the_base_model(leave):
 
 
 def latent_std(sigmas, sde, level, count, data=0.5, score=True):
-    """Std of the latent before and after each step, over the std that it should have there.
+    """Std of the latent before and after each of T steps, of which the first `count` are random.
 
-    Closed form, with the exact velocity for images that are Gaussian noise of std `data`: the velocity is a
+    Closed form, with the exact velocity for images that are Gaussian noise of std `data`: that velocity is a
     multiple of the latent, so a step multiplies the std by a number and adds noise. sigmas: (T + 1,) in
-    float64; the first `count` steps are random. score=False leaves the score term out: a random step is
-    an ODE step plus noise.
+    float64. score=False forgets the score term: a random step is an ODE step plus noise.
     """
-    import torch
-
-    import common
-
-    s, std = common.noise_scale(sigmas, sde, level), [torch.ones(1, dtype=sigmas.dtype)]
-    wanted = ((1 - sigmas) ** 2 * data**2 + sigmas**2).sqrt()
-    for step, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:])):
-        x = torch.ones(1, dtype=sigmas.dtype)
-        velocity = x * (sigma - (1 - sigma) * data**2) / wanted[step] ** 2
-        scale = s[step] if step < min(count, len(s)) else 0 * sigma
-        mean, noise = common.sde_mean_std(x, velocity, sigma, sigma_next, scale, sde)
-        mean = mean if score else x - velocity * (sigma - sigma_next)
+    one, s = torch.ones(1, dtype=sigmas.dtype), common.noise_scale(sigmas, sde, level)
+    std = [one]
+    for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        velocity = one * (sigma - (1 - sigma) * data**2) / ((1 - sigma) ** 2 * data**2 + sigma**2)
+        scale = s[step] if step < min(count, len(s)) else 0.0
+        mean, noise = common.sde_mean_std(one, velocity, sigma, sigma_next, scale, sde)
+        mean = mean if score else one - velocity * (sigma - sigma_next)
         std.append(((mean * std[-1]) ** 2 + noise**2).sqrt())
-    return torch.cat(std) / wanted
+    return torch.cat(std)
 
 
 def draw_samplers(axes, runs):
-    *_, sigmas = base_model()
+    sigmas = base_model()[-1].double()
+    right = ((1 - sigmas) ** 2 * 0.5**2 + sigmas**2).sqrt()
     names = ("flow", 0.7), ("dance", 0.3), ("dance", 3), ("cps", 0.8), ("precise", 1.5)
-    for one, count, title in zip(axes, (9, 5), ("nine random steps, then ODE", "five random steps, then ODE")):
-        for (sde, level), marker in zip(names, "osDv^"):
-            std = latent_std(sigmas.double(), sde, level, count)
-            one.plot(std, marker=marker, markersize=4, label=f"{sde} {level}")
-        std = latent_std(sigmas.double(), "flow", 0.7, count, score=False)
-        one.plot(std, "k--", marker="x", markersize=5, label="flow 0.7, score forgotten")
-        one.plot(latent_std(sigmas.double(), "flow", 0.7, 0), color="0.5", linewidth=2.5, zorder=0, label="ODE")
-        one.axhline(1, color="0.5", linewidth=0.8)
-        one.set_yscale("log")
-        one.set_ylim(0.5, 50)
-        one.set_yticks([0.5, 1, 2, 5, 10, 20, 50], ["0.5", "1", "2", "5", "10", "20", "50"])
-        finish(one, title, "steps taken", "std of the latent / right std" if count == 9 else "")
-    axes[1].get_legend().remove()
+    for axis, count in zip(axes, (9, 5)):
+        axis.axhline(1, color="k", linewidth=0.8)
+        ode = latent_std(sigmas, "flow", 0.7, 0) / right
+        axis.plot(ode, color="0.7", linewidth=5, label="ODE steps only")
+        for (sde, level), style in zip(names, ("o-", "s-", "D-", "v-", "^--")):
+            axis.plot(latent_std(sigmas, sde, level, count) / right, style, ms=4, label=f"{sde} {level}")
+        forgotten = latent_std(sigmas, "flow", 0.7, count, score=False) / right
+        axis.plot(forgotten, "kx:", label="flow 0.7, no score term")
+        axis.set_ylim(0.5, 2.8)
+        finish(axis, f"the first {count} of ten steps are random", "steps taken")
+        axis.set_ylabel("std of the latent / the right std" if count == 9 else "")
+    end = (latent_std(sigmas, "dance", 3, 9) / right)[-1]
+    axes[0].text(6.9, 2.6, f"dance 3 ends at {end:.0f}", color="C2", ha="right")
+    axes[0].get_legend().remove()
+    axes[1].legend(loc="upper center", ncols=2)
 
 
 def draw_decided(axes, runs, until=50):
@@ -596,12 +572,12 @@ def draw_decided(axes, runs, until=50):
     curve(axes[3], cps, "gradient_by_step", f"{TUNED['cps']}")
     curve(axes[3], flow, "gradient_by_step", "flow 0.7")
     curve(axes[3], flow, "gradient_by_step_weighted", "flow 0.7, with the weight")
-    for axis in axes[:3]:
-        axis.set_ylim(0)
+    for axis, top in zip(axes, (0.35, 1, 1)):
+        axis.set_ylim(0, top)
     axes[3].set_yscale("log")
     finish(axes[0], "how much of the reward does the step decide?", "", "std of the reward over branches")
     finish(axes[1], "how much does the step change the latent?", "", "L1rel")
-    finish(axes[2], "where do adaptive chunks begin?", "step", "share of images cut before the step")
+    finish(axes[2], "where do adaptive chunks begin?", "step", "share of images with a cut before it")
     finish(axes[3], "how large is the gradient of log p?", "step", "size / mean of all steps")
 
 
@@ -672,7 +648,7 @@ FIGURES = {  # height in inches, rows, columns
     "hacking": (3.4, 1, 2, draw_hacking),
     "chunks": (3.2, 1, 1, draw_chunks),
     "decided": (5, 2, 2, draw_decided),
-    "way": (9.2, 1, 1, draw_way),
+    "way": (8.4, 1, 1, draw_way),
     "algorithms": (2.7, 1, 3, draw_algorithms),
 }
 
@@ -683,7 +659,7 @@ def page(folder=CURVES, figures=FIGURES):
     for name, seed in [job for job in jobs(runs) if job not in runs]:
         missing.setdefault(name, []).append(str(seed))
     lines = "".join(f"- `{name}`: {', '.join(seeds)}\n" for name, seeds in missing.items())
-    values = {"have": len(runs), "count": len(runs) + sum(map(len, missing.values()))}
+    values = {"have": len(runs), "missing_count": sum(map(len, missing.values()))}
     values |= {"missing": lines or "None.", "search": searches(runs)}
     values |= {"budget": BUDGET, "claims": claims(runs), "ends": ends(runs)}
     values |= {"tables": {which: table(runs, which) for which in TABLES}}
@@ -702,9 +678,7 @@ def page(folder=CURVES, figures=FIGURES):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="what", required=True)
-    options = commands.add_parser("run", help="make missing runs")
-    options.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread")
-    options.add_argument("--only", nargs="+", default=[""], help="parts of their keys, such as grpo-flow-1.5")
+    commands.add_parser("run", help="make missing runs")
     options = commands.add_parser("add", help="add finished run folders")
     options.add_argument("folders", nargs="+", type=Path)
     options.add_argument("--commit", help="of the code that made them, if their checkout has moved on")
@@ -713,12 +687,14 @@ def main():
     args = parser.parse_args()
     if args.what == "page":
         page()
-    elif args.what == "add":
+    if args.what == "add":
         print(*(add(folder, RUNS, args.commit, args.machine) for folder in args.folders), sep="\n")
-    else:
-        runs = load()
-        wanted = [job for job in jobs(runs) if any(part in key_of(*job) for part in args.only)]
-        make_all([job for job in wanted if job not in runs], args.jobs)
+    runs = load()
+    if args.what == "run" and (todo := [job for job in jobs(runs) if job not in runs]):
+        make(*todo[0])
+        os.execv(
+            sys.executable, [sys.executable, *sys.argv]
+        )  # from the start: the result may choose the next
 
 
 if __name__ == "__main__":
