@@ -15,6 +15,7 @@ from torch.distributions import StudentT
 import common
 import gcpo
 import study
+import study_figures
 from conftest import parse
 
 BASE, OTHER = "grpo flow 0.7 early", "grpo flow 0.7 all"
@@ -92,12 +93,14 @@ def test_closed_form_of_the_samplers():
     for (sde, level), ends in known.items():
         for T, end in zip((10, 40, 1000), ends):
             even = torch.linspace(1, 0, T + 1, dtype=torch.float64)
-            std = study.latent_std(3 * even / (1 + 2 * even), sde, level, T)
+            std = study_figures.latent_std(3 * even / (1 + 2 * even), sde, level, T)
             assert std[-1].item() == pytest.approx(end, abs=6e-4)  # of three digits
-    sigmas = study.base_model()[-1].double()
-    left = [study.latent_std(sigmas, "flow", 0.7, count, data=0.0)[-2].item() for count in (9, 5)]
+    sigmas = study_figures.base_model()[-1].double()
+    left = [study_figures.latent_std(sigmas, "flow", 0.7, count, data=0.0)[-2].item() for count in (9, 5)]
     assert left == [pytest.approx(0.25, abs=5e-3), pytest.approx(0.0097, abs=5e-5)]
-    forgotten = study.latent_std(sigmas, "flow", 0.7, 1, score=False)[1].item()  # the first step, by hand:
+    forgotten = study_figures.latent_std(sigmas, "flow", 0.7, 1, score=False)[
+        1
+    ].item()  # the first step, by hand:
     s = common.noise_scale(sigmas, "flow", 0.7)[0].item()
     delta = (sigmas[0] - sigmas[1]).item()  # at sigma = 1 the velocity is the latent
     assert forgotten == pytest.approx(math.hypot(1 - delta, s * delta**0.5), rel=1e-12)
@@ -188,7 +191,7 @@ def test_committed_runs_are_those_of_their_names():
 
 
 def test_nominal_costs_are_those_that_were_counted():
-    """Code that still logged `skipped_updates` trained on all transitions: its counts are the nominal ones."""
+    """Code that still logged `skipped_updates` trained on all transitions; its counts are nominal."""
     counted = 0
     for (name, _), run in RUNS.items():
         last = run["evaluated"][-1]
@@ -252,13 +255,14 @@ SLOW = ("decided", "samplers", "way")  # figures that load the tiny model
 def test_an_incomplete_study_has_a_page_and_figures(tmp_path, seeds):
     for name in dict(study.jobs({})) if seeds else ():
         made_up(tmp_path, name, {seed: 0.7 + 0.02 * seed for seed in range(seeds)})
-    study.page(tmp_path, [name for name in study.FIGURES if name not in SLOW or seeds == 1])
+    study.page(tmp_path)
+    study_figures.draw(tmp_path, [n for n in study_figures.FIGURES if n not in SLOW or seeds == 1])
     text = (tmp_path / "README.md").read_text("utf-8")
     assert "{" not in text and "nan" not in text
-    assert len(list(tmp_path.glob("*.png"))) == len(study.FIGURES) - len(SLOW) * (seeds != 1)
+    assert len(list(tmp_path.glob("*.png"))) == len(study_figures.FIGURES) - len(SLOW) * (seeds != 1)
 
 
 def test_the_page_is_the_one_that_the_committed_runs_make(tmp_path):
     shutil.copy(study.RUNS, tmp_path)
-    study.page(tmp_path, ())
+    study.page(tmp_path)
     assert (tmp_path / "README.md").read_text() == (study.CURVES / "README.md").read_text()
