@@ -371,7 +371,9 @@ def page(folder=CURVES):
     for name, seed in [job for job in jobs(runs) if job not in runs]:
         missing.setdefault(name, []).append(str(seed))
     lines = "".join(f"- `{name}`: {', '.join(seeds)}\n" for name, seeds in missing.items())
-    values = {"have": len(runs), "missing_count": sum(map(len, missing.values()))}
+    count = sum(map(len, missing.values()))
+    absent = f"{count} runs of this page are missing; they are listed at its end." if count else ""
+    values = {"have": len(runs), "absent": absent or "All runs that this page asks for are here."}
     values |= {"missing": lines or "None.", "search": searches(runs)}
     values |= {"budget": BUDGET, "claims": claims(runs), "ends": ends(runs)}
     values |= {"tables": {which: table(runs, which) for which in TABLES}}
