@@ -113,7 +113,7 @@ def draw_chunks(axes, runs):
 def base_model():
     """The tiny model before training: (policy, held-out prompts, their text, sigmas)."""
     args = common.parse_args("grpo", grpo.Args, grpo.DEFAULTS, ["--device", "cpu", "--output", "runs/none"])
-    policy, prompts = common.make_policy(args, 48), common.read_prompts(args.eval_prompts)
+    policy, prompts = common.make_policy(args, 48), common.held_out_prompts(args)
     return policy, prompts, policy.encode(prompts)[0], policy.sigmas(args.steps)
 
 
@@ -122,7 +122,7 @@ def walk(policy, text, index, x, sigmas, noise, sde="flow", level=0.7):
     s = common.noise_scale(sigmas, sde, level)
     for step, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         with torch.no_grad():
-            velocity = policy.velocity_in_micro_batches(x, sigma, text, index)
+            velocity = policy.velocity_batched(x, sigma, text, index)
         yield x, x - sigma * velocity
         mean, std = common.sde_mean_std(
             x, velocity, sigma, sigma_next, s[step] if step in noise else 0.0, sde
@@ -135,7 +135,7 @@ def chunks_of_the_base_model(each=4, chunk_max=4):
     """By step: mean L1rel, and how often adaptive chunks cut before it; `each` images per held-out prompt."""
     policy, prompts, text, sigmas = base_model()
     generator, index = common.generator(0, "chunks", 0), torch.arange(len(prompts) * each) // each
-    start, *noise = (policy.noise(len(prompts), each, generator) for _ in range(len(sigmas) - 1))
+    start, *noise = (policy.draw_noise(len(prompts), each, generator) for _ in range(len(sigmas) - 1))
     states = [x for x, _ in walk(policy, text, index, start, sigmas, dict(enumerate(noise)))]
     x = torch.stack(states[:-1]).flatten(2)  # without the last step
     l1rel, cut = ((x[1:] - x[:-1]).norm(1, 2) / x[:-1].norm(1, 2)).T, np.zeros(len(noise))
@@ -151,7 +151,7 @@ def stops_of_the_base_model(leave):
     """
     policy, captions, text, sigmas = base_model()
     T, generator, index = len(sigmas) - 1, common.generator(0, "way", 0), torch.arange(len(captions))
-    start, images = policy.noise(len(captions), 1, generator), []
+    start, images = policy.draw_noise(len(captions), 1, generator), []
     for branch in leave:
         noise = {step: torch.randn(start.shape, generator=generator) for step in range(T)}
         way = walk(policy, text, index, start, sigmas, {n: noise[n] for n in noise if n == branch})
