@@ -11,20 +11,18 @@ Some take more arguments: `model`, a repository or folder; `device`, CUDA if ava
 
 import ast
 import base64
+import difflib
 import importlib.util
 import inspect
 import io
 import json
+import math
 import os
 import re
-import runpy
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial, wraps
+from functools import cache, partial, update_wrapper, wraps
 from pathlib import Path
 
 import huggingface_hub
@@ -34,6 +32,11 @@ import torch.nn.functional as F
 import transformers  # imports each of its parts when that part is first used
 from PIL import Image
 from safetensors.torch import load_file
+
+
+def fail(message):
+    """End the run with one line."""
+    raise SystemExit("error: " + " ".join(message.split()))
 
 
 def to_pictures(images):
@@ -84,7 +87,12 @@ def loaded(load, *sources, device=None):
     device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     key = (load.__name__, device, *sources)
     if key not in LOADED:
-        LOADED[key] = load(*sources, device)
+        try:
+            LOADED[key] = load(*sources, device)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            fail(f"cannot load {sources[0]} for a reward: {type(error).__name__}: {error}")
     LOADED[key][0].to(device)
     return LOADED[key]
 
@@ -100,10 +108,19 @@ def load_pretrained(kind, source, **options):
     transformers.logging.set_verbosity_error()  # its warning about missing weights becomes an error here
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = kind.from_pretrained(source, **options)
-    lacking = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
-    if lacking := lacking & dict(model.named_parameters()).keys():  # not buffers, such as a loss has
-        raise ValueError(f"{source} has no weights for {min(lacking)} and {len(lacking) - 1} more")
+    lacking = set(info["missing_keys"])
+    for key in info["mismatched_keys"]:
+        lacking.add(key if isinstance(key, str) else key[0])  # transformers 5 adds the shapes
+    lacking &= {name for name, _ in model.named_parameters()}  # not buffers, such as a loss has
+    if lacking:
+        raise ValueError(f"it has no weights for {min(lacking)} and {len(lacking) - 1} more")
     return model
+
+
+def load_processor(kind, source):
+    """An image processor that resizes with PIL; `kind` is its class in transformers 4, named ...Pil in 5."""
+    kind += "Pil" if hasattr(transformers, f"{kind}Pil") else ""
+    return getattr(transformers, kind).from_pretrained(source)
 
 
 def load_weights(source, name):
@@ -116,35 +133,40 @@ def load_weights(source, name):
 # -------------------------------------------------------- CLIP: pickscore, clipscore, aesthetic, hpsv2
 CLIP = "openai/clip-vit-large-patch14"
 PICKSCORE = "yuvalkirstain/PickScore_v1"
-PROCESSORS = {PICKSCORE: "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}  # of the CLIP that it was tuned from
+CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+PROCESSORS = {PICKSCORE: CLIP_H}  # the CLIP that it was tuned from
 
 
-def load_clip(source, device):
-    """A transformers CLIPModel: (model, tokenizer, image processor, logit scale)."""
-    model = load_pretrained(transformers.CLIPModel, source)
+def load_clip(source, device, model=None):
+    """A transformers CLIPModel, or the one given: (model, tokenizer, image processor, logit scale)."""
+    model = model or load_pretrained(transformers.CLIPModel, source)
     scale = model.logit_scale.exp().item()  # in full precision
     source = PROCESSORS.get(source, source)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     words = model.config.text_config.vocab_size
     if not 0.9 * words <= len(tokenizer) <= words:  # transformers makes an empty one if its files are missing
         raise ValueError(f"{source} has no CLIP tokenizer: {len(tokenizer)} tokens instead of {words}")
-    processor = transformers.CLIPImageProcessorPil.from_pretrained(source)
-    return frozen(model, device), tokenizer, processor, scale
+    return frozen(model, device), tokenizer, load_processor("CLIPImageProcessor", source), scale
+
+
+def normalised(features):
+    """Features (N, D), scaled to length 1, in float32."""
+    if not isinstance(features, torch.Tensor):
+        features = features.pooler_output  # transformers 5
+    return F.normalize(features.float(), dim=-1)
 
 
 def embed_texts(texts, model, tokenizer):
     """Normalised CLIP embeddings (N, D) float32 of texts. A text that is too long is cut."""
     length = model.config.text_config.max_position_embeddings
     inputs = tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
-    embedding = model.get_text_features(**inputs.to(model.device)).pooler_output
-    return F.normalize(embedding.float(), dim=-1)
+    return normalised(model.get_text_features(**inputs.to(model.device)))
 
 
 def embed_pictures(pictures, model, processor):
     """Normalised CLIP embeddings (N, D) float32 of PIL pictures of any size."""
     pixels = in_threads(lambda picture: processor(picture, return_tensors="pt")["pixel_values"], pictures)
-    embedding = model.get_image_features(torch.cat(pixels).to(model.device, model.dtype)).pooler_output
-    return F.normalize(embedding.float(), dim=-1)
+    return normalised(model.get_image_features(torch.cat(pixels).to(model.device, model.dtype)))
 
 
 @partial(in_batches, size=16)
@@ -179,33 +201,66 @@ def aesthetic(pictures, prompts, model="trl-lib/ddpo-aesthetic-predictor", clip=
     return network(embed_pictures(pictures, clip, processor))[:, 0]
 
 
-def load_hpsv2(source, device):
-    """HPS_v2.1_compressed.pt in open_clip's ViT-H-14: (model, image transform, tokenizer)."""
-    import open_clip  # HPSv2's own package needs old versions of other packages
+OPEN_CLIP = (  # what to replace in the names of open_clip's weights, in this order
+    ("visual.proj", "visual_projection.weight"), ("text_projection", "text_projection.weight"),
+    ("visual.", "vision_model."), (".conv1.", ".embeddings.patch_embedding."), (".ln_pre", ".pre_layrnorm"),
+    (".class_embedding", ".embeddings.class_embedding"), (".ln_post", ".post_layernorm"),
+    (".positional_embedding", ".embeddings.position_embedding.weight"),
+    ("positional_embedding", "text_model.embeddings.position_embedding.weight"),
+    ("token_embedding", "text_model.embeddings.token_embedding"), ("ln_final", "text_model.final_layer_norm"),
+    (".transformer.resblocks", ".encoder.layers"), ("transformer.resblocks", "text_model.encoder.layers"),
+    (".attn.", ".self_attn."), (".ln_", ".layer_norm"), (".c_fc.", ".fc1."), (".c_proj.", ".fc2."),
+)  # fmt: skip
 
-    weights = load_weights(source, "HPS_v2.1_compressed.pt")["state_dict"]
-    # "longest", as HPSv2 does: pictures that are not square are padded, not cropped
-    model, _, transform = open_clip.create_model_and_transforms("ViT-H-14", image_resize_mode="longest")
-    model.load_state_dict(weights)
-    return frozen(model, device), transform, open_clip.get_tokenizer("ViT-H-14")
+
+def from_open_clip(weights):
+    """Weights of a CLIP of open_clip, with the names and shapes of transformers' CLIPModel."""
+    converted = {}
+    for name, value in weights.items():
+        for old, new in OPEN_CLIP:
+            name = name.replace(old, new)
+        if "in_proj_" in name:  # queries, keys and values in one matrix
+            for letter, part in zip("qkv", value.chunk(3)):
+                converted[name.replace("in_proj_", f"{letter}_proj.")] = part
+        else:
+            converted[name] = value.T if "projection" in name else value
+    return converted
+
+
+def load_hpsv2(source, base, device):
+    """HPS_v2.1_compressed.pt, a ViT-H-14 of open_clip, as CLIPModel: what load_clip returns."""
+    config = transformers.CLIPConfig.from_pretrained(base)
+    config.text_config.hidden_act = config.vision_config.hidden_act = "gelu"  # OpenAI's have quick_gelu
+    weights = from_open_clip(load_weights(source, "HPS_v2.1_compressed.pt")["state_dict"])
+    model = load_pretrained(transformers.CLIPModel, None, config=config, state_dict=weights)
+    return load_clip(base, device, model)
+
+
+def pad_to_square(picture, size):
+    """The whole picture, resized, in the middle of a black square of `size` pixels per side."""
+    ratio = max(picture.size) / size
+    width, height = (round(side / ratio) for side in picture.size)
+    square = Image.new("RGB", (size, size))
+    place = (size - width) // 2, (size - height) // 2
+    square.paste(picture.resize((width, height), Image.Resampling.BICUBIC), place)
+    return square
 
 
 @partial(in_batches, size=16)
-def hpsv2(pictures, prompts, model="xswu/HPSv2", device=None):
+def hpsv2(pictures, prompts, model="xswu/HPSv2", base=CLIP_H, device=None):
     """HPS v2.1 (arXiv 2306.09341): cosine in its CLIP-H, about 0.2 to 0.35, 77 tokens. model: also a file."""
-    clip, transform, tokenizer = loaded(load_hpsv2, model, device=device)
-    pixels = torch.stack(in_threads(transform, pictures)).to(clip.logit_scale)
-    image = clip.encode_image(pixels, normalize=True).float()
-    return (image * clip.encode_text(tokenizer(prompts).to(pixels.device), normalize=True).float()).sum(1)
+    clip, tokenizer, processor, _ = loaded(load_hpsv2, model, base, device=device)
+    squares = [pad_to_square(picture, clip.config.vision_config.image_size) for picture in pictures]
+    return (embed_pictures(squares, clip, processor) * embed_texts(prompts, clip, tokenizer)).sum(1)
 
 
 # -------------------------------------------------------- hpsv3, a head on Qwen2-VL [arXiv 2508.03789]
 def load_hpsv3(source, base, device):
     """HPSv3.safetensors in Qwen2-VL: (model and head, tokenizer, image processor, text around a prompt)."""
     # the texts are read from the source of the authors' package, which needs transformers 4.45 to be imported
-    (package,) = importlib.util.find_spec("hpsv3").submodule_search_locations
-    code = ast.parse(Path(package, "dataset", "data_collator_qwen.py").read_text("utf-8"))
-    texts = {n.targets[0].id: ast.literal_eval(n.value) for n in code.body if isinstance(n, ast.Assign)}
+    file = Path(importlib.util.find_spec("hpsv3").origin).parent / "dataset" / "data_collator_qwen.py"
+    assignments = [node for node in ast.parse(file.read_text("utf-8")).body if isinstance(node, ast.Assign)]
+    texts = {node.targets[0].id: ast.literal_eval(node.value) for node in assignments}
     tokenizer = transformers.AutoTokenizer.from_pretrained(base, padding_side="right")
     tokenizer.add_tokens("<|Reward|>", special_tokens=True)
     config = transformers.AutoConfig.from_pretrained(base)
@@ -223,7 +278,7 @@ def load_hpsv3(source, base, device):
     # all in bfloat16, as in the authors' code, which rounds the rotary embedding's frequencies too
     model = frozen(model.to(torch.bfloat16), device, torch.bfloat16)
     both = torch.nn.ModuleList([model, frozen(head, device, torch.float32)])
-    processor = transformers.Qwen2VLImageProcessorPil.from_pretrained(base)
+    processor = load_processor("Qwen2VLImageProcessor", base)
     return both, tokenizer, processor, (texts["INSTRUCTION"], texts["prompt_with_special_token"])
 
 
@@ -243,8 +298,9 @@ def hpsv3(pictures, prompts, model="MizzenAI/HPSv3", base="Qwen/Qwen2-VL-7B-Inst
     # the authors' code numbers all tokens one by one, whereas Qwen2-VL gives those of a picture three axes
     positions = torch.arange(ids.shape[1], device=ids.device).expand(3, *ids.shape)
     hidden = model(**inputs, position_ids=positions, use_cache=False).last_hidden_state
-    marked = ids == tokenizer.convert_tokens_to_ids("<|Reward|>")  # the last one: a prompt may contain it too
-    return head(hidden[range(len(ids)), marked.cumsum(1).argmax(1)].float())[:, 0]
+    marked = ids == tokenizer.convert_tokens_to_ids("<|Reward|>")
+    last = [row.nonzero()[-1].item() for row in marked]  # a prompt may contain one too
+    return head(hidden[range(len(ids)), last].float())[:, 0]
 
 
 # -------------------------------------------------------- ocr, text in pictures [FG] section 4.1
@@ -258,12 +314,13 @@ def quoted_text(prompt):
 
 def edit_distance(a, b):
     """Levenshtein distance: the fewest insertions, deletions and substitutions that turn string a into b."""
-    row = list(range(len(b) + 1))
+    above = list(range(len(b) + 1))  # distances from the beginning of a, read so far, to beginnings of b
     for i, x in enumerate(a, 1):
-        diagonal, row[0] = row[0], i
+        row = [i]
         for j, y in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
-    return row[-1]
+            row.append(min(above[j] + 1, row[j - 1] + 1, above[j - 1] + (x != y)))
+        above = row
+    return above[-1]
 
 
 def text_score(read, wanted):
@@ -289,6 +346,10 @@ def ocr(images, prompts):
         lines = load_ocr()(np.asarray(picture)[:, :, ::-1]).txts or ()  # it takes BGR
         scores.append(text_score("".join(lines), quoted_text(prompt)))
     return torch.tensor(scores)
+
+
+ocr.reads = quoted_text
+ocr.needs = "rapidocr"
 
 
 # -------------------------------------------------------- geneval: objects, counts, colours, positions [GE]
@@ -331,8 +392,8 @@ def parse_geneval(prompt):
         if relation != "and" and not colour and not other_colour:
             return [Want(other), Want(name, relation=relation)]  # the second is left of the first, say
     raise ValueError(
-        f"{prompt[:200]!r} is not of GenEval; write 'a photo of two dogs', '... a red car', '... a dog and "
-        "a cat', '... a red car and a blue bus' or '... a dog left of a cat', with the objects of COCO"
+        f"{prompt[:200]!r} is not a GenEval prompt; write 'a photo of two dogs', '... a red car', '... a dog "
+        "and a cat', '... a red car and a blue bus' or '... a dog left of a cat', with the objects of COCO"
     )
 
 
@@ -344,8 +405,9 @@ def keep_objects(found, counting):
 
 def relations(a, b, margin=0.1):
     """The GENEVAL_RELATIONS that hold from box a to box b: none, one or two (above and left of, say) [GE]."""
-    (a_from, a_to), (b_from, b_to) = np.reshape(a, (2, 2)), np.reshape(b, (2, 2))
-    offset, sizes = (a_from + a_to - b_from - b_to) / 2, abs(a_to - a_from) + abs(b_to - b_from)
+    a, b = np.array(a), np.array(b)  # left, top, right, bottom
+    offset = (a[:2] + a[2:] - b[:2] - b[2:]) / 2  # from the centre of b to that of a
+    sizes = (a[2:] - a[:2]) + (b[2:] - b[:2])
     beyond = np.sign(offset) * np.maximum(abs(offset) - margin * sizes, 0)  # must be over half of the offset
     if max(abs(beyond)) < 1e-3:
         return set()
@@ -355,14 +417,16 @@ def relations(a, b, margin=0.1):
 
 def judge(wants, objects):
     """GenEval's verdict on objects (keep_objects), 1.0 or 0.0, by the `count` objects of highest score."""
+    firsts = objects.get(wants[0].name, [])[: wants[0].count]
     for want in wants:
-        things, firsts = objects.get(want.name, []), objects.get(wants[0].name, [])[: wants[0].count]
-        right = len(things) == want.count if want.exact else len(things) >= want.count
+        things = objects.get(want.name, [])
+        if len(things) < want.count or (want.exact and len(things) > want.count):
+            return 0.0
         things = things[: want.count]
-        right &= not want.colour or all(thing.colour == want.colour for thing in things)
+        if want.colour and any(thing.colour != want.colour for thing in things):
+            return 0.0
         related = all(want.relation in relations(a.box, b.box) for a in things for b in firsts)
-        right &= not want.relation or related
-        if not right:
+        if want.relation and not related:
             return 0.0
     return 1.0
 
@@ -374,8 +438,9 @@ def judge_graded(wants, objects):
     Colour and position earn 0 if there are too many or too few. ([FG] gives 0.75 for a wrong position only.)
     """
     parts = []
+    firsts = objects.get(wants[0].name, [])
     for want in wants:
-        things, firsts = objects.get(want.name, []), objects.get(wants[0].name, [])
+        things = objects.get(want.name, [])
         parts.append(1 - abs(len(things) - want.count) / want.count)
         right = len(things) == want.count
         if want.colour:
@@ -391,8 +456,8 @@ def load_detector(source, device):
     """A Mask2Former for COCO's 80 classes: (model, image processor)."""
     model = load_pretrained(transformers.Mask2FormerForUniversalSegmentation, source)
     if model.config.num_labels != len(COCO):
-        raise ValueError(f"{source} has {model.config.num_labels} classes instead of COCO's {len(COCO)}")
-    processor = transformers.Mask2FormerImageProcessorPil.from_pretrained(source)
+        raise ValueError(f"it has {model.config.num_labels} classes instead of COCO's {len(COCO)}")
+    processor = load_processor("Mask2FormerImageProcessor", source)
     return frozen(model, device, torch.float32), processor  # GenEval's thresholds are for full precision
 
 
@@ -452,39 +517,39 @@ def geneval(pictures, prompts, model=DETECTOR, clip=CLIP, size=800, device=None,
     return scores
 
 
+geneval.reads = parse_geneval
+geneval.needs = "scipy"
+geneval_graded = update_wrapper(partial(geneval, verdict=judge_graded), geneval)
+
+
 # -------------------------------------------------------- vlm, a vision-language model behind a server
 QUESTION = (
     'This picture was made for the text: "{prompt}". How well does it show what the text says, and how good '
-    "does it look? Give one number from 0 (not at all) to 10 (perfect). Answer with a last line "
-    "'Score: NUMBER', nothing after."
+    'does it look? Answer from 0 (not at all) to 10 (perfect), as JSON: {"score": number}'
 )
+ANSWER = {"type": "object", "properties": {"score": {"type": "number"}}}
+ANSWER |= {"required": ["score"], "additionalProperties": False}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "score", "schema": ANSWER, "strict": True}}
+RETRIES = 5  # of a request that fails: about 15 seconds
 
 
-def ask_server(url, timeout, body=None):
-    """The server's JSON answer to a request (a POST if there is a body)."""
-    key = os.environ.get("VLM_API_KEY", "none")
-    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-    request = urllib.request.Request(url, body and json.dumps(body).encode(), headers)
+def read_score(answer, scale):
+    """The score from 0 to scale in a server's answer, or None: a refusal, other JSON, another number."""
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as answer:
-            return json.load(answer)
-    except urllib.error.HTTPError as error:
-        raise RuntimeError(f"{error}: {error.read().decode('utf-8', 'replace')}") from error
+        score = json.loads(answer.choices[0].message.content)["score"]
+        return score if 0 <= score <= scale else None
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return None
 
 
-@cache
-def first_model(url, timeout):
-    """The name of a server's first model, asked for once per run."""
-    return ask_server(f"{url}/models", timeout)["data"][0]["id"]
-
-
-def read_score(answer, scale=10.0):
-    """The number after "score" in the last line with one, else the only number in the answer, else None."""
-    answer = re.sub(rf"\s*(?:/|out of)\s*{scale:g}\b", "", answer)
-    number = r"(?<![\d.,–−-])(\d+(?:[.,]\d+)?)(?![.,]?\d|\s*[–-]\s*\d)"  # no part of a range
-    marked = re.findall(rf"(?im)^.*?score(?:[^\w\n]|\([^)\n]*\)|is\b|of\b)*{number}", answer)
-    values = [float(value.replace(",", ".")) for value in marked[-1:] or re.findall(number, answer)]
-    return values[0] if len(values) == 1 and values[0] <= scale else None
+def fill_in(scores, prompts):
+    """Replace each None by the mean of its prompt's other scores (0 if none): its advantage is then 0."""
+    known = {prompt: [] for prompt in prompts}
+    for score, prompt in zip(scores, prompts):
+        if score is not None:
+            known[prompt].append(score)
+    means = {prompt: sum(values) / max(len(values), 1) for prompt, values in known.items()}
+    return [means[prompt] if score is None else score for score, prompt in zip(scores, prompts)]
 
 
 def vlm(images, prompts, url, model=None, question=QUESTION, scale=10.0, timeout=120.0, workers=16):
@@ -492,71 +557,74 @@ def vlm(images, prompts, url, model=None, question=QUESTION, scale=10.0, timeout
 
     url: an OpenAI-compatible server (vLLM, SGLang), as http://127.0.0.1:8000/v1; its key: VLM_API_KEY in the
     environment; model: its name there (default: the first one); question: contains {prompt}; scale: the
-    highest score; timeout: seconds for an answer. If an answer has no score, the server is asked again.
+    highest score; timeout: seconds for an answer; workers: requests at a time. If an answer has no score, the
+    server is asked once more. If that has none either, the image gets the mean of its prompt's others.
     """
-    url = url.rstrip("/")
-    model = model or first_model(url, timeout)
+    import openai
+
+    key = os.environ.get("VLM_API_KEY", "none")
+    client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=RETRIES)
 
     def ask(picture, prompt):
+        """(score or None, the server's answer) for one picture."""
         picture.save(buffer := io.BytesIO(), "PNG")
-        image = {"url": f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"}
+        data = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
         text = {"type": "text", "text": question.replace("{prompt}", prompt)}
-        messages = [{"role": "user", "content": [{"type": "image_url", "image_url": image}, text]}]
-        body = {"model": model, "messages": messages, "temperature": 0.0}
-        for wait in (1, 5, 25, 0):
-            try:
-                answer = ask_server(f"{url}/chat/completions", timeout, body)
-                if (score := read_score(answer["choices"][0]["message"]["content"] or "", scale)) is not None:
-                    return score / scale
-                body["temperature"] = 1.0  # for another answer
-            except Exception as error:
-                answer = error
-            time.sleep(wait)
-        raise RuntimeError(f"no score from 0 to {scale:g} for {prompt[:200]!r} from {url}, but {answer!r}")
+        content = [{"type": "image_url", "image_url": {"url": data}}, text]
+        body = {"model": model, "messages": [{"role": "user", "content": content}], "response_format": FORMAT}
+        for temperature in (0.0, 1.0):
+            answer = client.chat.completions.create(**body, temperature=temperature)
+            score = read_score(answer, scale)
+            if score is not None:
+                break
+        return score, answer
 
-    return torch.tensor(in_threads(ask, to_pictures(images), prompts, threads=workers))
+    try:
+        model = model or client.models.list().data[0].id
+        answers = in_threads(ask, to_pictures(images), prompts, threads=workers)
+    except openai.OpenAIError as error:
+        fail(f"the server {url} gave no answer: {error} {error.__cause__ or ''}")
+    scores = [score for score, _ in answers]
+    lacking = scores.count(None)
+    if lacking == len(scores):
+        fail(f"no answer of {url} has a score from 0 to {scale:g}; the last one: {str(answers[-1][1])[:500]}")
+    if lacking:
+        print(
+            f"vlm: no score for {lacking} of {len(scores)} images; each gets its prompt's mean of the others"
+        )
+    return torch.tensor(fill_in(scores, prompts)) / scale
 
 
 # -------------------------------------------------------- names and weighted sums
-# function: may also be FILE.py:FUNCTION; package: what it imports, and `install`: what pip installs for it;
-# reads(prompt): raises ValueError for a prompt that it cannot score (an attribute of functions of your own)
-Entry = namedtuple("Entry", "function package install reads", defaults=("", "", None))
-REWARDS = {
-    "shapes": Entry(f"{Path(__file__).resolve().parent}/tests/tiny/shapes.py:shapes"),
-    "jpeg_compressibility": Entry(jpeg_compressibility),
-    "jpeg_incompressibility": Entry(jpeg_incompressibility),
-    "pickscore": Entry(pickscore),
-    "clipscore": Entry(clipscore),
-    "aesthetic": Entry(aesthetic),
-    "hpsv2": Entry(hpsv2, "open_clip", "open_clip_torch"),
-    "hpsv3": Entry(hpsv3, "hpsv3", "--no-deps hpsv3"),
-    "ocr": Entry(ocr, "rapidocr", "rapidocr onnxruntime", quoted_text),
-    "geneval": Entry(geneval, "scipy", "scipy", parse_geneval),
-    "geneval_graded": Entry(partial(geneval, verdict=judge_graded), "scipy", "scipy", parse_geneval),
-    "vlm": Entry(vlm),
-}
+# A function's attributes: reads(prompt) raises ValueError for a prompt that it cannot score (also of a reward
+# of your own); `needs` is a package that it imports, and INSTALL says what pip installs for it
+hpsv3.needs = "hpsv3"
+vlm.needs = "openai"
+INSTALL = dict(hpsv3="--no-deps hpsv3", openai="openai", rapidocr="rapidocr onnxruntime", scipy="scipy")
+REWARDS = dict(
+    shapes=f"{Path(__file__).resolve().parent}/tests/tiny/shapes.py:shapes", pickscore=pickscore,
+    jpeg_compressibility=jpeg_compressibility, jpeg_incompressibility=jpeg_incompressibility,
+    clipscore=clipscore, aesthetic=aesthetic, hpsv2=hpsv2, hpsv3=hpsv3, ocr=ocr, geneval=geneval,
+    geneval_graded=geneval_graded, vlm=vlm,
+)  # fmt: skip
 GRAMMAR = f"a path cannot contain '=' or a comma; the names are {', '.join(REWARDS)}"
-
-
-def stop(problem, error):
-    """End the run with a problem and the exception that caused it, on one line."""
-    raise SystemExit(" ".join(f"error: {problem}: {type(error).__name__}: {error}".split())) from error
 
 
 class Reward:
     """(images, prompts) -> (weighted sum (B,), {name: raw scores (B,)}). offload: models rest on the CPU."""
 
-    def __init__(self, parts, device=None, offload=False):
-        self.parts, self.device, self.offload = parts, device, offload
+    def __init__(self, functions, weights, device=None, offload=False):
+        self.functions, self.weights = functions, weights  # {name: function}, {name: number}
+        self.device, self.offload = device, offload
 
     def load(self, prompts):
         """Check that all prompts can be read, load all models, and try them on two pictures of noise."""
-        for name, (_, reads, _) in self.parts.items():
-            for prompt in prompts if reads else ():
+        for name, function in self.functions.items():
+            for prompt in prompts if hasattr(function, "reads") else ():
                 try:
-                    reads(prompt)
-                except Exception as error:
-                    stop(f"the reward {name} cannot read a prompt", error)
+                    function.reads(prompt)
+                except ValueError as error:
+                    fail(f"the reward {name} cannot read a prompt: {error}")
         self(self.noise(2, 512), (prompts * 2)[:2])
 
     def noise(self, count, size):
@@ -564,32 +632,38 @@ class Reward:
 
     @torch.no_grad()
     def __call__(self, images, prompts):
-        broken = (~images.isfinite().flatten(1).all(1)).nonzero()[:, 0].tolist()
-        if broken:  # most rewards would score them as black
-            raise SystemExit(f"error: the image for {prompts[broken[0]][:200]!r} is not finite")
-        scored, first = {}, f"on {len(prompts)} images, the first for {prompts[0][:200]!r}"
-        for name, (function, _, _) in self.parts.items():
-            try:
-                scores = function(images.clone(), list(prompts))  # its own copies, which it may change
-                scores = torch.as_tensor(scores).detach().float().cpu()
-                if scores.shape != (len(prompts),):
-                    raise ValueError(f"scores of shape {tuple(scores.shape)}, and not one per image")
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:
-                stop(f"the reward {name} failed {first}", error)
-            for score, prompt in zip(scores, prompts):
-                if not score.isfinite():
-                    raise SystemExit(f"error: the reward {name} gave {score} for {prompt[:200]!r}")
-            scored[name] = scores
-            for module, *_ in LOADED.values() if self.offload else ():
+        for image, prompt in zip(images, prompts):
+            if not image.isfinite().all():  # most rewards would score it as black
+                fail(f"the image for {prompt[:200]!r} is not finite")
+        parts = {name: self.score(name, images, prompts) for name in self.functions}
+        return sum(self.weights[name] * scores for name, scores in parts.items()), parts
+
+    def score(self, name, images, prompts):
+        """The scores (B,) of one part."""
+        which = f"{len(prompts)} images, the first for {prompts[0][:200]!r}"
+        try:
+            scores = self.functions[name](images.clone(), list(prompts))  # its own copies, to change
+            scores = torch.as_tensor(scores).detach().float().cpu()
+        except Exception as error:
+            error.add_note(f"in the reward {name}, with {which}")
+            if isinstance(error, ImportError) and error.name in INSTALL:
+                error.add_note(f"pip install {INSTALL[error.name]}")
+            raise
+        if scores.shape != (len(prompts),):
+            fail(f"the reward {name} gave scores of shape {tuple(scores.shape)} for {which}")
+        for score, prompt in zip(scores.tolist(), prompts):
+            if not math.isfinite(score):
+                fail(f"the reward {name} gave {score} for {prompt[:200]!r}")
+        if self.offload:
+            for module, *_ in LOADED.values():
                 module.to("cpu")
-        return sum(weight * scored[name] for name, (_, _, weight) in self.parts.items()), scored
+        return scores
 
     def self_check(self, prompts, parts, size):
-        """One line per part, comparing the scores of images (parts: {name: scores}) with those of noise."""
-        lines, (_, noise_parts) = [], self(self.noise(4, size), (prompts * 4)[:4])
-        for name in self.parts:
+        """One line per part of this reward, comparing the scores of images (in parts) with those of noise."""
+        lines = []
+        _, noise_parts = self(self.noise(4, size), (prompts * 4)[:4])
+        for name in self.functions:
             images, noise = parts[name], noise_parts[name].mean()
             result = "the images score higher" if images.mean() > noise else "the images do not score higher"
             if len(images) > 1 and images.unique().numel() == 1:
@@ -598,42 +672,65 @@ class Reward:
         return lines
 
 
-run_file = cache(runpy.run_path)  # a file's names and what they are, for each file once
+@cache
+def import_file(file):
+    """The module of a Python file. It, and processes that it starts, can import what is beside it."""
+    if str(file.parent) not in sys.path:
+        sys.path.insert(1, str(file.parent))  # not before our own folder
+    name = file.stem
+    spec = importlib.util.find_spec(name) if "." not in name else None
+    if spec is None or spec.origin != str(file):  # another module has this name, so it gets one of its own
+        name = re.sub(r"\W", "_", str(file))
+        spec = importlib.util.spec_from_file_location(name, file)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return importlib.import_module(name)
 
 
-def find_function(name, device):
-    """The function of NAME, NAME:MODEL or FILE.py:FUNCTION, with model and device set, and its `reads`."""
-    kind, _, model = name.partition(":")
-    function, package, install, reads = REWARDS.get(kind, Entry(name))
+def find_in_file(name):
+    """The function of FILE.py:FUNCTION."""
+    file, _, attribute = name.rpartition(":")  # the last colon: C:\my_file.py has one too
+    file = Path(os.path.expanduser(file)).resolve()
+    if file.suffix != ".py" or not os.path.isfile(file):
+        close = difflib.get_close_matches(name.partition(":")[0], REWARDS, n=1)
+        if close and ".py" not in name:
+            fail(f"there is no reward {name!r}; did you mean {close[0]!r}?")
+        fail(f"there is no reward and no FILE.py:FUNCTION {name!r}; {GRAMMAR}")
+    function = getattr(import_file(file), attribute, None)
+    if not callable(function):
+        fail(f"there is no function {attribute} in {file}")
+    return function
+
+
+def find_bundled(name, model, device):
+    """The function of NAME or NAME:MODEL, with its model and device set."""
+    function = REWARDS[name] if callable(REWARDS[name]) else find_in_file(REWARDS[name])
+    package = getattr(function, "needs", None)
     if package and importlib.util.find_spec(package) is None:
-        raise SystemExit(f"error: the reward {kind} needs the package {package}; run: pip install {install}")
-    if isinstance(function, str):
-        file, _, attribute = function.rpartition(":")
-        file = Path(os.path.expanduser(file)).resolve()
-        if file.suffix != ".py" or not os.path.isfile(file):
-            raise SystemExit(f"error: {name!r} is no reward and no FILE.py:FUNCTION that exists; {GRAMMAR}")
-        sys.path.insert(0, str(file.parent))  # it may import what is beside it
-        try:
-            function = run_file(str(file))[attribute]
-        except Exception as error:
-            stop(f"the reward {name} cannot be loaded", error)
-    arguments = list(inspect.signature(function).parameters)[2:] if kind in REWARDS else []
-    if model and kind in REWARDS and not arguments:
-        raise SystemExit(f"error: the reward {kind} takes no model; write {kind} instead of {name}")
-    given = {"device": device} if "device" in arguments else {}
-    given |= {arguments[0]: os.path.expanduser(model)} if model and arguments else {}
-    return partial(function, **given) if given else function, reads or getattr(function, "reads", None)
+        fail(f"the reward {name} needs the package {package}; run: pip install {INSTALL[package]}")
+    arguments = list(inspect.signature(function).parameters)[2:]  # after images and prompts
+    if model and not arguments:
+        fail(f"the reward {name} takes no model; write {name} instead of {name}:{model}")
+    if function is vlm and not model:
+        fail("the reward vlm needs a server; write vlm:URL")
+    options = {arguments[0]: os.path.expanduser(model)} if model else {}
+    if "device" in arguments:
+        options["device"] = device
+    return update_wrapper(partial(function, **options), function)
 
 
 def get_reward(spec, device=None, offload=False):
     """A Reward from a name or a weighted sum, "pickscore=0.7,my_file.py:my_function=0.3". Loads no model."""
-    parts = {}
+    functions, weights = {}, {}
     for text in spec.split(","):
         match = re.fullmatch(r"([^=]+)(?:=([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?))?", text.strip())
         weight = float(match[2] or 1) if match else 0.0
-        name = match[1] if match else ""
-        name = Path(name).name if ".py:" in name else name  # a file's metrics do not name its folder
-        if match is None or name in parts or not 0 < abs(weight) < 1e9:
-            raise SystemExit(f"error: {text!r} repeats a name, or its weight is 0 or no number; {GRAMMAR}")
-        parts[name] = *find_function(match[1], device), weight
-    return Reward(parts, device, offload)
+        if not 0 < abs(weight) < 1e9:
+            fail(f"{text!r} has no name, or its weight is 0 or not a number; {GRAMMAR}")
+        kind, _, model = match[1].partition(":")
+        function = find_bundled(kind, model, device) if kind in REWARDS else find_in_file(match[1])
+        name = match[1] if kind in REWARDS else Path(match[1]).name  # without the file's folder
+        if name in weights:
+            fail(f"two parts of the reward are named {name!r}; {GRAMMAR}")
+        functions[name], weights[name] = function, weight
+    return Reward(functions, weights, device, offload)

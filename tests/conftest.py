@@ -201,8 +201,8 @@ def relative_error(got, want):
 
 @pytest.fixture
 def serve():
-    """serve(answer) starts a server on the loopback; answer(request) -> (status, text or bytes). Returns it,
-    with .url, .requests (bodies) and .most (the most requests at a time)."""
+    """serve(answer) starts a server on the loopback; answer(request) -> (status, text of a message, None for
+    none, or bytes). Returns it, with .url, .requests (bodies) and .most (the most requests at a time)."""
     servers = []
 
     def start(answer):
@@ -220,15 +220,15 @@ def serve():
                 status, text = answer(body)
                 with server.lock:
                     server.now -= 1
-                if isinstance(text, str):
-                    text = json.dumps(
-                        {"choices": [{"message": {"role": "assistant", "content": text}}]}
-                    ).encode()
+                if not isinstance(text, bytes):
+                    message = {"role": "assistant", "content": text}
+                    text = json.dumps({"choices": [{"message": message}]}).encode()
                 self.reply(status, text)
 
             def reply(self, status, data):
                 try:
                     self.send_response(status)
+                    self.send_header("Content-Type", "application/json" if data[:1] == b"{" else "text/html")
                     self.send_header("Content-Length", str(len(data)))
                     self.end_headers()
                     self.wfile.write(data)

@@ -192,7 +192,7 @@ def test_flat_groups_on_one_of_two_processes(tmp_path):
 
 
 def test_reward_that_fails_in_one_process(tmp_path):
-    """Its line comes from that process, torchrun ends the other; what was trained is saved."""
+    """Traceback, note and line come from that process, torchrun ends the other; the checkpoint is kept."""
     (tmp_path / "rewards_of_mine.py").write_text(
         "import torch\n"
         "def picky(images, prompts):\n"
@@ -213,7 +213,12 @@ def test_reward_that_fails_in_one_process(tmp_path):
     status, _, _, (_, second) = torchrun(tmp_path / "logs", "grpo", *arguments, *more, within=180)
     assert status != 0
     (line,) = second
-    assert "picky" in line and "will not look at this" in line
+    assert "ValueError" in line and "--resume" in line
+    (log,) = (tmp_path / "logs").glob("*/attempt_0/1/stderr.log")
+    assert (
+        "will not look at this" in log.read_text()
+        and "in the reward rewards_of_mine.py:picky" in log.read_text()
+    )
     saved = state(tmp_path / "run")["lines"]
     assert metrics(tmp_path / "run")[-1]["iteration"] == saved[-1]["iteration"] == 1
 

@@ -112,8 +112,9 @@ def test_ctrl_c_and_out_of_memory_amid_updates_are_one_line(interrupted, whole, 
     assert_same_run(whole, run)
 
 
-def test_a_reward_that_fails_at_iteration_3(whole, monkeypatch, tmp_path):
-    calls, jpeg = [], rewards.REWARDS["jpeg_compressibility"]
+def test_a_reward_that_fails_at_iteration_3(whole, monkeypatch, tmp_path, capfd):
+    """A traceback with a note that names the reward and the first prompt; then the line that says resume."""
+    calls = []
     prompts = common.iteration_prompts(common.read_prompts(None), 2, 3, 0)
 
     def reward(images, captions):
@@ -123,10 +124,11 @@ def test_a_reward_that_fails_at_iteration_3(whole, monkeypatch, tmp_path):
         return shapes(images, captions)
 
     with monkeypatch.context() as patch:
-        patch.setitem(rewards.REWARDS, "shapes", jpeg._replace(function=reward))
+        patch.setitem(rewards.REWARDS, "shapes", reward)
         message = run_main("grpo", *options(tmp_path / "run", 4))
-    assert message.startswith("error: ") and "\n" not in message
-    assert "reward shapes" in message and prompts[0] in message and "no grader" in message
+    assert message.startswith("error: RuntimeError") and f"--resume {tmp_path / 'run'}" in message
+    printed = capfd.readouterr().err
+    assert "reward shapes" in printed and prompts[0] in printed and "no\ngrader" in printed
     assert [line["iteration"] for line in metrics(tmp_path / "run")] == [0, 1, 2]
     assert done(tmp_path / "run") == 2
     assert run_main("grpo", "--resume", tmp_path / "run") is None

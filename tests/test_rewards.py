@@ -1,8 +1,11 @@
 """rewards.py: names, sums, errors, the rewards that need no model, and a reward of your own."""
 
 import io
+import multiprocessing
 import random
 import re
+import sys
+import traceback
 
 import numpy as np
 import pytest
@@ -21,12 +24,13 @@ from shapes import parse_scene, shapes
 @pytest.fixture
 def register(monkeypatch):
     """register(name, function) makes a reward for one test."""
-    return lambda name, function: monkeypatch.setitem(rewards.REWARDS, name, rewards.Entry(function))
+    return lambda name, function: monkeypatch.setitem(rewards.REWARDS, name, function)
 
 
 @pytest.fixture
-def write(tmp_path):
-    """write(name, text) makes a file and returns its path."""
+def write(tmp_path, monkeypatch):
+    """write(name, text) makes a file and returns its path. sys.path is put back after the test."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
 
     def to_file(name, text):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -34,6 +38,13 @@ def write(tmp_path):
         return tmp_path / name
 
     return to_file
+
+
+def failure(function, *arguments):
+    """What Python prints about the exception of a call, with traceback and notes."""
+    with pytest.raises(Exception) as error:
+        function(*arguments)
+    return "".join(traceback.format_exception(error.value))
 
 
 def noise(count=3, size=24, seed=0):
@@ -134,14 +145,17 @@ UNREADABLE = ["run=3/rew.py:f", "run=3/rew.py:f=0.5", "a,b/rew.py:f", "shapes,b/
 @pytest.mark.parametrize(
     "spec,words",
     [
-        ("nothing", "'nothing' .*the names are shapes"),
+        ("nothing", "there is no reward .*'nothing'.*the names are shapes"),
+        ("pickscor", "there is no reward 'pickscor'; did you mean 'pickscore'[?]$"),
+        ("jpeg_compresibility=0.5", "did you mean 'jpeg_compressibility'"),
         ("", "the names are shapes"),
-        ("shapes,shapes=2", "repeats a name"),
+        ("shapes,shapes=2", "two parts of the reward are named 'shapes'"),
         ("shapes=x", "'shapes=x'.* number"),
         ("shapes=nan", "number"),
         ("shapes:model", "shapes takes no model"),
         ("jpeg_compressibility:model", "takes no model"),
-        ("no_file.py:f", "'no_file.py:f' .*exists"),
+        ("no_file.py:f", "no FILE.py:FUNCTION 'no_file.py:f'"),
+        ("vlm", "vlm needs a server; write vlm:URL"),
         ("file.py", "FILE.py:FUNCTION"),
         *((spec, "a path cannot contain '=' or a comma") for spec in UNREADABLE),
     ],
@@ -151,45 +165,67 @@ def test_a_wrong_spec(spec, words):
         get_reward(spec)
 
 
-@pytest.mark.parametrize("name, package", [("ocr", "rapidocr"), ("hpsv2", "open_clip"), ("geneval", "scipy")])
+NEEDS = [("ocr", "rapidocr"), ("geneval", "scipy"), ("geneval_graded", "scipy"), ("vlm:http://x", "openai")]
+
+
+@pytest.mark.parametrize("name, package", NEEDS)
 def test_a_missing_package_is_named_with_its_install_command(name, package, monkeypatch):
     monkeypatch.setattr(rewards.importlib.util, "find_spec", lambda module: None)
-    with pytest.raises(SystemExit, match=f"{name} needs the package {package}; run: pip install "):
+    kind = name.split(":")[0]
+    with pytest.raises(SystemExit, match=f"{kind} needs the package {package}; run: pip install {package}"):
         get_reward(f"jpeg_compressibility=0.5,{name}=0.5")
+
+
+def test_a_package_that_a_reward_of_your_own_lacks_is_told_as_python_does(register, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)  # as if it were not installed
+    register("mine", lambda images, prompts: rewards.vlm(images, prompts, "http://127.0.0.1:1/v1"))
+    told = failure(get_reward("mine"), noise(1), ["one"])
+    assert "ModuleNotFoundError" in told and told.endswith("\npip install openai\n")
 
 
 # ---------------------------------------------------------------- what a reward may do, and how it may fail
 
 BAD = [
-    (lambda images, prompts: [1.0, float("nan")], "gave nan for 'two'"),
-    (lambda images, prompts: torch.tensor([-float("inf"), 1]), "gave -inf for 'one'"),
-    (lambda images, prompts: torch.ones(3), r"the first for 'one': .*shape \(3,\)"),
+    (lambda images, prompts: [1.0, float("nan")], "gave nan for 'two'$"),
+    (lambda images, prompts: torch.tensor([-float("inf"), 1]), "gave -inf for 'one'$"),
+    (lambda images, prompts: torch.ones(3), r"shape \(3,\) for 2 images, the first for 'one'$"),
     (lambda images, prompts: torch.ones(2, 2), r"shape \(2, 2\)"),
-    (lambda images, prompts: 1 / 0, "the first for 'one': ZeroDivisionError: division by zero$"),
+]
+RAISES = [
+    (lambda images, prompts: 1 / 0, "ZeroDivisionError"),
     (lambda images, prompts: {"scores": [1, 2]}, "dict"),
     (lambda images: 0, "TypeError"),
-    (type("Scorer", (), {"__call__": lambda self, images, prompts: torch.ones(2)}), "TypeError.*Scorer"),
+    (type("Scorer", (), {"__call__": lambda self, images, prompts: torch.ones(2)}), "TypeError: Scorer"),
     (type("Scorer", (), {"__init__": lambda self, images, prompts: None}), "Scorer"),
 ]
 
 
-@pytest.mark.parametrize("function,words", BAD)
-def test_a_reward_that_fails_is_told_by_name_when_loaded_and_when_used(function, words, register):
+def uses(function, register):
+    """The two ways in which a reward is called."""
     register("mine", function)
     reward = get_reward("jpeg_compressibility=0.5,mine=0.5")
-    for use in (lambda: reward.load(["one", "two", "three"]), lambda: reward(noise(2), ["one", "two"])):
+    return lambda: reward.load(["one", "two", "three"]), lambda: reward(noise(2), ["one", "two"])
+
+
+@pytest.mark.parametrize("function,words", BAD)
+def test_scores_that_are_none_are_told_in_one_line_when_loaded_and_when_used(function, words, register):
+    for use in uses(function, register):
         with pytest.raises(SystemExit, match=f"^error: the reward mine .*{words}"):
             use()
 
 
-def test_a_message_is_one_line_and_whole_and_its_cause_is_kept(register):
-    def fails(images, prompts):
-        raise OSError(f"no such file:\n  {'/long' * 200}/end\n(the cause)")
+@pytest.mark.parametrize("function,words", RAISES)
+def test_an_exception_keeps_its_traceback_and_names_reward_and_prompt(function, words, register):
+    for use in uses(function, register):
+        told = failure(use)
+        assert words in told and told.endswith("\nin the reward mine, with 2 images, the first for 'one'\n")
 
-    register("mine", fails)
-    with pytest.raises(SystemExit, match=r"OSError: no such file: (/long){200}/end \(the cause\)$") as error:
-        get_reward("mine")(noise(1), ["one"])
-    assert isinstance(error.value.__cause__, OSError)
+
+def test_a_traceback_shows_the_line_of_the_reward(write):
+    file = write("rew.py", "def f(images, prompts):\n    return no_such_name\n")
+    told = failure(get_reward(f"{file}:f"), noise(1), ["one"])
+    assert f'File "{file}", line 2, in f\n    return no_such_name' in told
+    assert "in the reward rew.py:f, with 1 images" in told
 
 
 def test_out_of_memory_is_left_to_the_caller(register):
@@ -265,9 +301,7 @@ def test_loading_reads_every_prompt_and_then_scores_two_pictures(register):
     get_reward("mine").load(["one"])
     get_reward("mine").load(["one", "two", "three"])
     assert calls == [((2, 3, 512, 512), ["one", "one"]), ((2, 3, 512, 512), ["one", "two"])]
-    with pytest.raises(
-        SystemExit, match="error: the reward mine cannot read a prompt: ValueError: no shouting"
-    ):
+    with pytest.raises(SystemExit, match="error: the reward mine cannot read a prompt: no shouting"):
         get_reward("mine").load(["one", "two", "three!"])
     assert len(calls) == 2
 
@@ -314,8 +348,8 @@ def test_own_function(write, monkeypatch, tmp_path):
     total, parts = get_reward(f"{file}:redness=2,jpeg_compressibility")(images, list("abcd"))
     naive = [float(i[0].mean() - (i[1].mean() + i[2].mean()) / 2) for i in images]
     naive = pytest.approx(naive, abs=1e-6)
-    assert parts[f"{file}:redness"].tolist() == naive
-    assert torch.allclose(total, 2 * parts[f"{file}:redness"] + parts["jpeg_compressibility"])
+    assert parts["my_file.py:redness"].tolist() == naive  # named without its folder
+    assert torch.allclose(total, 2 * parts["my_file.py:redness"] + parts["jpeg_compressibility"])
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     for name in ("~/my_file.py:redness", "my_file.py:redness"):
@@ -337,23 +371,75 @@ def test_two_functions_of_a_file_share_what_it_has_loaded(write):
     assert [scores.item() for scores in parts.values()] == [2, 3]
 
 
+POOL = """
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from helper_{method} import half
+
+def double(x):
+    return 2 * x
+
+def f(images, prompts):
+    with ProcessPoolExecutor(1, multiprocessing.get_context("{method}")) as pool:
+        return list(pool.map(double, range(len(prompts)))) + list(pool.map(half, []))
+"""
+
+
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+def test_a_file_may_use_a_process_pool(method, write):
+    """Its functions are found by another process, which may be a new Python."""
+    write(f"pool/helper_{method}.py", "def half(x):\n    return x / 2\n")
+    file = write(f"pool/pool_{method}.py", POOL.format(method=method))
+    assert get_reward(f"{file}:f")(noise(3), ["a", "b", "c"])[0].tolist() == [0, 2, 4]
+    assert sys.modules[f"pool_{method}"].f.__module__ == f"pool_{method}"
+
+
+@pytest.mark.parametrize("name", ["rewards", "common", "random", "torch", "a.b", "a-b"])
+def test_a_file_may_have_any_name(name, write):
+    before = sys.modules.get(name)
+    text = "import rewards, common, random, torch\ndef f(images, prompts):\n    return [7.0]\n"
+    total, parts = get_reward(f"{write(f'{name}.py', text)}:f")(noise(1), ["x"])
+    assert total.item() == 7 and list(parts) == [f"{name}.py:f"]
+    assert before is None or sys.modules[name] is before
+    assert rewards is sys.modules["rewards"]
+
+
+def test_two_files_of_one_name(write):
+    text = "def {}(images, prompts):\n    return [{}]\n"
+    one, two = write("one/score.py", text.format("f", 1)), write("two/score.py", text.format("g", 2))
+    assert get_reward(f"{one}:f,{two}:g")(noise(1), ["x"])[0].item() == 3
+    three = write("three/score.py", text.format("f", 3))
+    with pytest.raises(SystemExit, match=r"two parts of the reward are named 'score\.py:f'"):
+        get_reward(f"{one}:f,{three}:f")
+
+
+def test_the_function_is_after_the_last_colon(write, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    write("C:\\x\\my.py", "def f(images, prompts):\n    return [5.0]\n")  # a path of Windows, a name here
+    assert get_reward("C:\\x\\my.py:f=2")(noise(1), ["x"])[0].item() == 10
+
+
 SCORER = "class Scorer:\n    def __call__(self, images, prompts):\n        return [0, 0]\nredness = Scorer"
+
+
+@pytest.mark.parametrize("text", ["number = 3", "redness = 3"])
+def test_a_file_without_the_function(text, write):
+    file = write("my_file.py", text)
+    with pytest.raises(SystemExit, match=f"error: there is no function redness in {file}"):
+        get_reward(f"{file}:redness")
 
 
 @pytest.mark.parametrize(
     "text,words",
     [
-        ("number = 3", "cannot be loaded: KeyError: 'redness'"),
-        ("import no_such_module", "cannot be loaded: ModuleNotFoundError.*no_such_module"),
-        ("def redness(:", "cannot be loaded: SyntaxError"),
-        ("redness = 3", "not callable"),
-        (SCORER, r"TypeError: Scorer\(\) takes no arguments"),  # a class in place of an object
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("def redness(:", "SyntaxError"),
+        (SCORER, "TypeError: Scorer() takes no arguments"),  # a class in place of an object
     ],
 )
 def test_errors_of_an_own_file(text, words, write):
     file = write("my_file.py", text)
-    with pytest.raises(SystemExit, match=f"error: the reward .*my_file.py:redness .*{words}"):
-        get_reward(f"{file}:redness").load(["a"])
+    assert words in failure(lambda: get_reward(f"{file}:redness").load(["a"]))
 
 
 def test_an_object_is_a_reward_too(write):

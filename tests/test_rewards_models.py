@@ -1,20 +1,36 @@
 """The rewards with models of transformers, against their definition, on small random models."""
 
+import json
 import shutil
+import sys
 import types
+from collections import OrderedDict
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, Mask2FormerConfig, Mask2FormerModel, SwinConfig
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTokenizerFast,
+    Mask2FormerConfig,
+    Mask2FormerModel,
+    SwinConfig,
+)
+
+try:
+    from transformers import CLIPImageProcessorPil, Mask2FormerImageProcessorPil
+except ImportError:  # transformers 4
+    from transformers import CLIPImageProcessor as CLIPImageProcessorPil
+    from transformers import Mask2FormerImageProcessor as Mask2FormerImageProcessorPil
 
 import rewards
 from rewards import aesthetic, clipscore, geneval, get_reward, pickscore
@@ -47,7 +63,10 @@ def clip_folder(tmp_path_factory):
     characters = [chr(code) for code in range(33, 127)]
     vocab = {token: n for n, token in enumerate(characters + [c + "</w>" for c in characters])}
     vocab |= {"<|startoftext|>": len(vocab), "<|endoftext|>": len(vocab) + 1}
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     size = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
     special = dict(bos_token_id=len(vocab) - 2, eos_token_id=len(vocab) - 1, pad_token_id=len(vocab) - 1)
     text = dict(vocab_size=len(vocab), **size, **special)
@@ -59,7 +78,7 @@ def clip_folder(tmp_path_factory):
             parameter.data = torch.randn_like(parameter) * 0.3
     model.logit_scale.data.fill_(3.3)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    CLIPTokenizerFast.from_pretrained(folder).save_pretrained(folder)
     size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
     CLIPImageProcessorPil(**size).save_pretrained(folder)
     return str(folder)
@@ -67,7 +86,12 @@ def clip_folder(tmp_path_factory):
 
 def clip_parts(folder):
     model = CLIPModel.from_pretrained(folder).eval()
-    return model, CLIPTokenizer.from_pretrained(folder), CLIPImageProcessorPil.from_pretrained(folder)
+    return model, CLIPTokenizerFast.from_pretrained(folder), CLIPImageProcessorPil.from_pretrained(folder)
+
+
+def features(output):
+    """The features that a CLIPModel of transformers 4 or 5 returns."""
+    return output if isinstance(output, torch.Tensor) else output.pooler_output
 
 
 def naive_logits(folder, image, prompt):
@@ -167,11 +191,12 @@ def test_aesthetic_is_the_network_on_the_normalised_embedding(clip_folder, tmp_p
 
 
 def failure(spec):
-    """The message about a reward that cannot be loaded."""
+    """The message about a reward whose model cannot be loaded."""
     with pytest.raises(SystemExit) as error:
         get_reward(f"jpeg_compressibility,{spec}").load(["a photo of a dog"])
     message = str(error.value)
-    assert message.startswith(f"error: the reward {spec} failed") and "\n" not in message
+    assert message.startswith(f"error: cannot load {spec.partition(':')[2]} for a reward: ")
+    assert "\n" not in message
     return message
 
 
@@ -184,6 +209,176 @@ def test_aesthetic_weights_of_another_network_or_with_code_are_refused(tmp_path)
     assert "aesthetic-model.pth" in failure(f"aesthetic:{tmp_path}")
 
 
+# ---------------------------------------------------------------- hpsv2, a checkpoint of open_clip
+
+WIDTH, DEPTH, HEADS, INNER, EMBEDDING = 32, 2, 2, 48, 768  # those of clip_folder
+
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.ln_1, self.ln_2 = torch.nn.LayerNorm(WIDTH), torch.nn.LayerNorm(WIDTH)
+        self.attn = torch.nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+        layers = {"c_fc": torch.nn.Linear(WIDTH, INNER), "gelu": torch.nn.GELU()}
+        self.mlp = torch.nn.Sequential(OrderedDict(layers | {"c_proj": torch.nn.Linear(INNER, WIDTH)}))
+
+    def forward(self, x, mask):
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
+        return x + self.mlp(self.ln_2(x))
+
+
+class Tower(torch.nn.Module):
+    """Half of PlainClip: with blocks under the names of open_clip."""
+
+    def __init__(self, positions):
+        super().__init__()
+        self.positional_embedding = torch.nn.Parameter(torch.zeros(positions, WIDTH))
+        blocks = torch.nn.ModuleList([Block() for _ in range(DEPTH)])
+        self.transformer = torch.nn.ModuleDict({"resblocks": blocks})
+
+    def blocks(self, x, mask=None):
+        for block in self.transformer.resblocks:
+            x = block(x, mask)
+        return x
+
+
+class Vision(Tower):
+    def __init__(self):
+        super().__init__(17)
+        self.class_embedding = torch.nn.Parameter(torch.zeros(WIDTH))
+        self.conv1 = torch.nn.Conv2d(3, WIDTH, 8, 8, bias=False)
+        self.ln_pre, self.ln_post = torch.nn.LayerNorm(WIDTH), torch.nn.LayerNorm(WIDTH)
+        self.proj = torch.nn.Parameter(torch.zeros(WIDTH, EMBEDDING))
+
+    def forward(self, pixels):
+        x = self.conv1(pixels).flatten(2).transpose(1, 2)
+        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1) + self.positional_embedding
+        return self.ln_post(self.blocks(self.ln_pre(x))[:, 0]) @ self.proj
+
+
+class PlainClip(Tower):
+    """The CLIP of open_clip's ViT-H-14, written out: GELU, and a text is read at its highest token."""
+
+    def __init__(self, words):
+        super().__init__(77)
+        self.visual, self.ln_final = Vision(), torch.nn.LayerNorm(WIDTH)
+        self.token_embedding = torch.nn.Embedding(words, WIDTH)
+        self.text_projection = torch.nn.Parameter(torch.zeros(WIDTH, EMBEDDING))
+        self.logit_scale = torch.nn.Parameter(torch.zeros(()))
+
+    def encode_image(self, pixels):
+        return self.visual(pixels)
+
+    def encode_text(self, tokens):
+        mask = torch.full((77, 77), -torch.inf, dtype=self.logit_scale.dtype).triu(1)
+        x = self.ln_final(self.blocks(self.token_embedding(tokens) + self.positional_embedding, mask))
+        return x[range(len(x)), tokens.argmax(1)] @ self.text_projection
+
+
+def clip_of_open_clip(words):
+    """The same model by open_clip itself. Beside a CPU torch torchvision may be missing: it is not needed."""
+    if not find_spec("open_clip"):
+        pytest.skip("open_clip is not installed")
+    names = ["torchvision", *(f"torchvision.{x}" for x in ("transforms", "transforms.functional", "ops"))]
+    stubs = {name: mock.MagicMock() for name in [*names, "torchvision.ops.misc"]}
+    with mock.patch.dict(sys.modules, {} if find_spec("torchvision") else stubs):
+        import open_clip.model
+    text = dict(context_length=77, vocab_size=words, width=WIDTH, heads=HEADS, layers=DEPTH)
+    vision = dict(image_size=32, patch_size=8, width=WIDTH, head_width=WIDTH // HEADS, layers=DEPTH)
+    ratio = dict(mlp_ratio=INNER / WIDTH)
+    return open_clip.model.CLIP(EMBEDDING, vision | ratio, text | ratio)
+
+
+@pytest.fixture(params=[PlainClip, clip_of_open_clip])
+def original(request, clip_folder, tmp_path):
+    """A random model with open_clip's names, saved as HPS v2.1 is."""
+    torch.manual_seed(4)
+    model = request.param(CLIPConfig.from_pretrained(clip_folder).text_config.vocab_size)
+    for name, parameter in model.named_parameters():
+        scale = 1 if "ln_" in name and name.endswith("weight") else 0
+        parameter.data = scale + torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 0.2)
+    assert len(model.state_dict()) == 3 + 2 * 12 * DEPTH + 4 + 6 + 1
+    torch.save({"epoch": 1, "state_dict": model.state_dict()}, tmp_path / "HPS_v2.1_compressed.pt")
+    return model.eval()
+
+
+def tokens_by_hand(folder, texts):
+    """As open_clip's tokenizer has them: with zeros after the end."""
+    vocab = CLIPTokenizerFast.from_pretrained(folder).get_vocab()
+    tokens = torch.zeros(len(texts), 77, dtype=torch.long)
+    for row, text in zip(tokens, texts):
+        letters = [letter for word in text.split() for letter in [*word[:-1], word[-1] + "</w>"]]
+        ids = [vocab[x] for x in ["<|startoftext|>", *letters[:75], "<|endoftext|>"]]
+        row[: len(ids)] = torch.tensor(ids)
+    return tokens
+
+
+@pytest.fixture
+def float64():
+    """As the default, in which transformers 4 makes a mask of the lowest number that float64 has."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("eos", [None, 2])  # 2: what old CLIP repositories have, such as laion's
+def test_hpsv2_has_the_features_of_open_clip(original, clip_folder, eos, float64):
+    """The conversion is exact, so in float64 only rounding differs."""
+    config = CLIPConfig.from_pretrained(clip_folder)
+    config.text_config.hidden_act = config.vision_config.hidden_act = "gelu"
+    config.text_config.eos_token_id = eos or config.text_config.eos_token_id
+    model = CLIPModel(config).eval().double()
+    model.load_state_dict(rewards.from_open_clip(original.double().state_dict()), strict=True)
+    texts, pixels = [*PROMPTS, "word " * 60], torch.randn(5, 3, 32, 32)
+    inputs = CLIPTokenizerFast.from_pretrained(clip_folder)(
+        texts, padding=True, truncation=True, max_length=77, return_tensors="pt"
+    )
+    with torch.no_grad():
+        image, text = features(model.get_image_features(pixels)), features(model.get_text_features(**inputs))
+        wanted = original.encode_image(pixels), original.encode_text(tokens_by_hand(clip_folder, texts))
+    for got, want in zip((image, text), wanted):
+        assert want.std() > 1 and torch.allclose(got, want, rtol=0, atol=1e-11)
+    assert model.logit_scale.item() == original.logit_scale.item()
+
+
+def padded_by_hand(image, size=32):
+    """open_clip's transform for a picture that is resized by its longer side, in loops."""
+    picture = pil(image)
+    width, height = picture.size
+    ratio = max(height / size, width / size)
+    small = np.array(picture.resize((round(width / ratio), round(height / ratio)), Image.BICUBIC))
+    pixels = np.zeros((size, size, 3))
+    for y in range(small.shape[0]):
+        for x in range(small.shape[1]):
+            pixels[(size - small.shape[0]) // 2 + y, (size - small.shape[1]) // 2 + x] = small[y, x] / 255
+    pixels = (pixels - [0.48145466, 0.4578275, 0.40821073]) / [0.26862954, 0.26130258, 0.27577711]
+    return torch.tensor(pixels.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (40, 56), (96, 33), (17, 90)])
+def test_hpsv2_is_the_cosine_in_open_clip(original, clip_folder, tmp_path, size):
+    images = pictures(7, *size)
+    reward = partial(rewards.hpsv2, base=clip_folder, device="cpu")
+    scores = reward(images, PROMPTS, str(tmp_path))
+    pixels = torch.stack([padded_by_hand(image) for image in images])
+    with torch.no_grad():
+        image = original.double().encode_image(pixels)
+        text = original.encode_text(tokens_by_hand(clip_folder, PROMPTS))
+    cosine = torch.nn.functional.cosine_similarity(image, text)
+    assert torch.allclose(scores.double(), cosine, rtol=0, atol=1e-5) and scores.std() > 0.01
+    file = reward(images, PROMPTS, str(tmp_path / "HPS_v2.1_compressed.pt"), batch=3)
+    assert torch.allclose(file, scores, rtol=0, atol=1e-5)
+
+
+def test_a_checkpoint_of_hpsv2_that_lacks_something(original, clip_folder, tmp_path):
+    weights = original.state_dict()
+    del weights["transformer.resblocks.1.attn.in_proj_bias"]
+    torch.save({"state_dict": weights}, tmp_path / "HPS_v2.1_compressed.pt")
+    with pytest.raises(ValueError, match=r"no weights for text_model.*1.self_attn.k_proj.bias and 2 more"):
+        rewards.load_hpsv2(str(tmp_path), clip_folder, "cpu")
+
+
 # ---------------------------------------------------------------- wrong folders
 
 
@@ -191,7 +386,7 @@ def test_a_model_that_is_not_one_or_lacks_something(clip_folder, detector_folder
     long = tmp_path / ("a" * 200) / ("b" * 200)  # the cause comes after it
     (long / "config only").mkdir(parents=True)
     (long / "config only" / "config.json").write_text('{"model_type": "clip"}')
-    assert "no file named model.safetensors" in failure(f"clipscore:{long}/config only")
+    assert "no file named" in failure(f"clipscore:{long}/config only")
     assert "has no weights for" in failure(f"pickscore:{detector_folder}")
     shutil.copytree(clip_folder, long / "weights", dirs_exist_ok=True)
     weights = load_file(long / "weights" / "model.safetensors")
@@ -201,8 +396,11 @@ def test_a_model_that_is_not_one_or_lacks_something(clip_folder, detector_folder
     weights["text_projection.weight"] = torch.zeros(768, 31)
     save_file(weights, long / "weights" / "model.safetensors", {"format": "pt"})
     assert "no weights for text_projection.weight" in failure(f"clipscore:{long}/weights")
-    shutil.copytree(clip_folder, long / "words", ignore=shutil.ignore_patterns("tokenizer*"))
-    assert "has no CLIP tokenizer" in failure(f"clipscore:{long}/words")
+    shutil.copytree(
+        clip_folder, long / "words", ignore=shutil.ignore_patterns("tokenizer*", "vocab*", "merges*")
+    )
+    message = failure(f"clipscore:{long}/words")
+    assert "has no CLIP tokenizer" in message or transformers.__version__.startswith("4.")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert "nobody/has-this" in failure("clipscore:nobody/has-this")
 
@@ -322,13 +520,13 @@ def test_colours_are_clips_on_the_object_cut_out(clip_folder, detector_folder):
                 array[y, x] = (0x99, 0x99, 0x99)
     with torch.no_grad():
         pixels = processor(Image.fromarray(array[5:30, 10:40]), return_tensors="pt")["pixel_values"]
-        cut = model.get_image_features(pixel_values=pixels).pooler_output[0]
+        cut = features(model.get_image_features(pixel_values=pixels))[0]
         scores = {}
         for colour in rewards.GENEVAL_COLOURS:
             mean = 0
             for text in (f"{colour} car", f"{colour}-colored car", f"{colour} object"):
-                embedding = model.get_text_features(**tokenizer(f"a photo of a {text}", return_tensors="pt"))
-                embedding = embedding.pooler_output[0]
+                tokens = tokenizer(f"a photo of a {text}", return_tensors="pt")
+                embedding = features(model.get_text_features(**tokens))[0]
                 mean = mean + embedding / embedding.norm() / 3
             scores[colour] = (cut @ mean / mean.norm()).item()
     (coloured,) = rewards.find_colours(pil(image), [thing], *rewards.load_clip(clip_folder, "cpu"))

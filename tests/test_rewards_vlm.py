@@ -1,27 +1,30 @@
-"""vlm in rewards.py against a real server on the loopback; ocr, for real, if RapidOCR is installed."""
+"""vlm in rewards.py: the openai client against a real server on the loopback; ocr, for real, by RapidOCR."""
 
 import base64
 import io
 import itertools
+import json
 import random
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+import common
 import rewards
-from rewards import get_reward, read_score, vlm
+from rewards import get_reward, vlm
+
+needs_openai = pytest.mark.skipif(not find_spec("openai"), reason="vlm needs openai")
 
 
-@pytest.fixture
-def sleeps(monkeypatch):
-    """The seconds that vlm waits, without waiting."""
-    seconds = []
-    monkeypatch.setattr(rewards.time, "sleep", seconds.append)
-    return seconds
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """The client asks a server that fails once more, after half a second."""
+    monkeypatch.setattr(rewards, "RETRIES", 1)
 
 
 def content(body):
@@ -35,17 +38,24 @@ def grey(*levels):
     return torch.stack([torch.full((3, 12, 20), level / 255) for level in levels])
 
 
-# ---------------------------------------------------------------- what it answers
+def level(body):
+    """How bright the grey picture of a request is."""
+    return int(content(body)[0][0, 0, 0])
 
 
+def score(number):
+    return 200, json.dumps({"score": number})
+
+
+# ---------------------------------------------------------------- what it asks
+
+
+@needs_openai
 def test_each_picture_is_asked_about_with_its_prompt(serve):
     def answer(body):
         picture, text = content(body)
         assert picture.shape == (12, 20, 3)
-        return (
-            200,
-            f"It is {len(text)} letters long.\nScore: {picture[0, 0, 0] / 10 + ('twice' in text) * 5:.1f}/10",
-        )
+        return score(picture[0, 0, 0] / 10 + ('"twice"' in text) * 5)
 
     server = serve(answer)
     scores, parts = get_reward(f"vlm:{server.url}=2")(grey(10, 20, 30), ["once", "twice", "once"])
@@ -53,13 +63,17 @@ def test_each_picture_is_asked_about_with_its_prompt(serve):
     assert parts[f"vlm:{server.url}"].tolist() == pytest.approx([0.1, 0.7, 0.3])
     assert {request["model"] for request in server.requests} == {"first-model"}
     assert {request["path"] for request in server.requests} == {"/v1/chat/completions"}
-    server.models = 503  # asked for once
-    assert vlm(grey(10), ["once"], server.url).tolist() == pytest.approx([0.1])
+    assert {request["temperature"] for request in server.requests} == {0}
+    for request in server.requests:
+        assert request["response_format"]["type"] == "json_schema"
+        schema = request["response_format"]["json_schema"]["schema"]
+        assert schema["properties"] == {"score": {"type": "number"}} and schema["required"] == ["score"]
 
 
+@needs_openai
 def test_model_question_scale_and_key_can_be_set(serve, monkeypatch):
     monkeypatch.setenv("VLM_API_KEY", "open sesame")
-    server = serve(lambda body: (200, "Final Score: 4"))
+    server = serve(lambda body: score(4))
     scores = vlm(grey(1), ["a dog"], server.url, model="mine", scale=5, question="Is it, say, {prompt}?")
     assert scores.tolist() == pytest.approx([0.8])
     (request,) = server.requests
@@ -67,13 +81,14 @@ def test_model_question_scale_and_key_can_be_set(serve, monkeypatch):
     assert content(request)[1] == "Is it, say, a dog?"
 
 
+@needs_openai
 def test_requests_run_side_by_side(serve):
     """Eight at a time: no request is answered before eight have come in, or the barrier breaks."""
     eight = threading.Barrier(8)
 
     def answer(body):
         eight.wait(30)
-        return 200, str(content(body)[0][0, 0, 0] % 11)
+        return score(level(body) % 11)
 
     server = serve(answer)
     scores = vlm(grey(*range(16)), ["p"] * 16, server.url, workers=8)
@@ -81,56 +96,131 @@ def test_requests_run_side_by_side(serve):
     assert scores.tolist() == pytest.approx([n % 11 / 10 for n in range(16)])
 
 
-def test_a_server_that_fails_at_first_is_asked_again(serve, sleeps):
-    count = itertools.count()
-    answers = [(500, b"overloaded"), (200, b'{"error": "busy"}'), (200, b"<html>"), (200, "7")]
-    server = serve(lambda body: answers[min(next(count), 3)])
-    assert vlm(grey(1), ["p"], server.url).tolist() == pytest.approx([0.7])
-    assert sleeps == [1, 5, 25] and [request["temperature"] for request in server.requests] == [0] * 4
+# ---------------------------------------------------------------- answers without a score
+
+NONE = [
+    None,
+    "",
+    "I like it",
+    "8",
+    "[8]",
+    '{"score": "8"}',
+    '{"score": null}',
+    '{"points": 8}',
+    '{"score": 8',
+]
+NONE += ['{"score": 10.5}', '{"score": -1}', '{"score": NaN}', '{"score": Infinity}', '{"score": [8]}']
+NONE += [b"<html>", b'{"error": "busy"}', b'{"choices": []}', b'{"choices": [{"message": null}]}']
 
 
-def test_an_answer_without_a_score_is_asked_for_again_and_then_an_error(serve, sleeps):
+@needs_openai
+@pytest.mark.parametrize("answer", NONE)
+def test_an_answer_without_a_score_is_asked_for_once_more(answer, serve):
     count = itertools.count()
-    server = serve(lambda body: (200, "I like it" if next(count) < 2 else "Score: 6"))
+    server = serve(lambda body: score(6) if next(count) else (200, answer))
     assert vlm(grey(1), ["p"], server.url).tolist() == pytest.approx([0.6])
-    assert [request["temperature"] for request in server.requests] == [0, 1, 1]
-    server = serve(lambda body: (200, "I like it"))
-    with pytest.raises(SystemExit, match=r"the reward vlm:.*no score from 0 to 10 for 'a dog' .*'I like it'"):
-        get_reward(f"vlm:{server.url}")(grey(1, 2), ["a dog", "a dog"])
+    assert [request["temperature"] for request in server.requests] == [0, 1]
 
 
-def test_a_server_that_is_slow_refuses_or_is_not_there(serve, sleeps):
-    given_up = threading.Event()
-    server = serve(lambda body: (200, "5" if given_up.wait(60) else "6"))  # answers when it is too late
-    with pytest.raises(RuntimeError, match="timed out"):
-        vlm(grey(1), ["p"], server.url, model="m", timeout=0.2)
+@needs_openai
+@pytest.mark.parametrize("text,value", [("0", 0), ("10", 1), ("7.25", 0.725), ("1e1", 1)])
+def test_scores_within_the_scale(text, value, serve):
+    server = serve(lambda body: (200, f' {{"score": {text}}}\n'))
+    assert vlm(grey(1), ["p"], server.url).tolist() == pytest.approx([value])
+    assert len(server.requests) == 1
+
+
+@needs_openai
+def test_an_image_without_a_score_gets_the_mean_of_its_prompt_and_teaches_nothing(serve, capsys):
+    """Pictures of odd brightness are refused; those of a prompt with no score at all get 0."""
+    server = serve(lambda body: (200, "I cannot rate this.") if level(body) % 2 else score(level(body) / 10))
+    prompts = ["a", "b", "c", "a", "b", "c", "a", "b", "c"]
+    scores = vlm(grey(10, 40, 71, 91, 60, 73, 40, 93, 75), prompts, server.url)
+    assert scores.tolist() == pytest.approx([0.1, 0.4, 0, 0.25, 0.6, 0, 0.4, 0.5, 0])
+    assert len(server.requests) == 9 + 5
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == "vlm: no score for 5 of 9 images; each gets its prompt's mean of the others"
+    advantage, _ = common.group_advantage(scores.view(3, 3).T)  # a row per prompt
+    assert advantage[0].tolist() == pytest.approx([-1.22, 0, 1.22], abs=0.01)
+    assert abs(advantage[0, 1]) < 1e-6 and abs(advantage[1, 2]) < 1e-6  # to the rounding of a mean
+    assert advantage[2].tolist() == [0, 0, 0]
+
+
+def test_means_are_those_of_the_other_images_of_the_prompt():
+    rng = random.Random(0)
+    for _ in range(50):
+        prompts = [rng.choice("abc") for _ in range(12)]
+        scores = [rng.choice([None, rng.random()]) for _ in prompts]
+        for n, filled in enumerate(rewards.fill_in(scores, prompts)):
+            others = [s for s, p in zip(scores, prompts) if p == prompts[n] and s is not None]
+            wanted = sum(others) / len(others) if others else 0
+            assert filled == (wanted if scores[n] is None else scores[n])
+
+
+@needs_openai
+def test_a_batch_without_any_score_ends_the_run(serve):
+    server = serve(lambda body: (200, "I cannot rate\nthis."))
+    message = f"error: no answer of {server.url} has a score from 0 to 10; the last one: .*I cannot rate"
+    with pytest.raises(SystemExit, match=message) as error:
+        get_reward(f"vlm:{server.url}")(grey(1, 2), ["a dog", "a cat"])
+    assert "\n" not in str(error.value) and len(server.requests) == 4
+    server = serve(lambda body: (200, b"<html>not this page</html>"))
+    with pytest.raises(SystemExit, match=r"no answer of .*not this page"):
+        vlm(grey(1), ["a dog"], server.url)
+
+
+# ---------------------------------------------------------------- servers that fail
+
+
+@needs_openai
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_server_that_fails_at_first_is_asked_again(status, serve):
+    count = itertools.count()
+    server = serve(lambda body: score(7) if next(count) else (status, b'{"error": "overloaded"}'))
+    assert vlm(grey(1), ["p"], server.url).tolist() == pytest.approx([0.7])
+    assert [request["temperature"] for request in server.requests] == [0, 0]
+
+
+@needs_openai
+def test_a_slow_answer_is_asked_for_again_and_then_ends_the_run(serve):
+    given_up, count = threading.Event(), itertools.count()
+    server = serve(lambda body: score(5 if next(count) or given_up.wait(60) else 6))
+    assert vlm(grey(1), ["p"], server.url, timeout=0.5).tolist() == pytest.approx([0.5])
+    assert len(server.requests) == 2
+    server = serve(lambda body: score(5 if given_up.wait(60) else 6))  # answers when it is too late
+    with pytest.raises(SystemExit, match=f"error: the server {server.url} gave no answer: Request timed out"):
+        vlm(grey(1), ["p"], server.url, timeout=0.2)
     given_up.set()
-    server = serve(lambda body: (404, b'{"error": "no model nobody"}'))
-    with pytest.raises(RuntimeError, match=r"404.*no model nobody"):
+
+
+@needs_openai
+def test_a_server_that_goes_away_amid_a_run_ends_it(serve):
+    server = serve(lambda body: score(5))
+    reward = get_reward(f"vlm:{server.url}")
+    reward.load(["p"])
+    assert reward(grey(1, 2), ["p", "p"])[0].tolist() == [0.5, 0.5]
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(
+        SystemExit, match=f"error: the server {server.url} gave no answer: Conn.*refused"
+    ) as end:
+        reward(grey(*range(40)), ["p"] * 40)
+    assert "\n" not in str(end.value)
+
+
+@needs_openai
+def test_a_server_that_refuses_or_is_not_there(serve):
+    server = serve(lambda body: (404, b'{"error": {"message": "no model nobody"}}'))
+    with pytest.raises(SystemExit, match="gave no answer: Error code: 404 - no model nobody"):
         vlm(grey(1), ["p"], server.url, model="nobody")
+    server.models = 401
+    with pytest.raises(SystemExit, match="gave no answer: Error code: 401"):
+        vlm(grey(1), ["p"], server.url)
     with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
         port = server.server_port  # free again below
-    with pytest.raises(SystemExit, match=f"error: the reward vlm:.*{port}/v1 .*refused"):
-        get_reward(f"vlm:http://127.0.0.1:{port}/v1").load(["p"])
-    for spec in ("vlm", "vlm:localhost"):
-        with pytest.raises(SystemExit, match=f"error: the reward {spec} .*url"):
-            get_reward(spec).load(["p"])
-
-
-@pytest.mark.parametrize(
-    "answer,score",
-    [
-        ("8", 8), ("7.5", 7.5), ("0", 0), ("10", 10), ("6,5", 6.5), ("8/10", 8), ("8 out of 10", 8),
-        ("I would give it a 9.", 9), ("Score: 8", 8), ("**Score:** 8.0", 8), ("Final Score: 3.5", 3.5),
-        ("score (0-10): 7", 7), ("Score (0-10): 7 of 3 cats", 7), ("The score is 6", 6), ("Score: 8,5", 8.5),
-        ("I see 3 cats and 2 dogs.\nScore: 4/10", 4), ("Score: 3\nno,\nScore: 5", 5),
-        ("Score: 8/10 (good), earlier Score: 2", 8), ("Score: 3/10. Wait.\nFinal score: 9/10, up from 3", 9),
-        ("", None), ("good", None), ("3 cats, 2 dogs", None), ("Score: 11", None), ("Score: 7-8", None),
-        ("-3", None), ("100", None), ("I give 6,5 of 10", None),
-    ],
-)  # fmt: skip
-def test_read_score(answer, score):
-    assert read_score(answer) == score
+    for url in (f"http://127.0.0.1:{port}/v1", "localhost"):
+        with pytest.raises(SystemExit, match=f"error: the server {url} gave no answer: Connection error"):
+            get_reward(f"vlm:{url}").load(["p"])
 
 
 # ---------------------------------------------------------------- ocr
