@@ -54,15 +54,15 @@ def adapter(folder):
 
 
 def assert_same_adapter(one, other):
-    """To 1e-5 relative, as vectors.
+    """To 1e-4 relative, as vectors.
 
-    Single weights are not as near: Adam divides a gradient by its size, so where one is no more than its
-    rounding error the step is, too. Two processes differ by as much as another --micro-batch does. In float64
-    single weights agree.
+    Adam divides a gradient by its size: where a gradient is no larger than its rounding error, so is the step,
+    which differs by up to twice the learning rate. How many weights that are depends on the CPU: vectors
+    differed by 8e-7 on one and by 1.8e-5 on another. In float64 every single weight agrees, see below.
     """
     one, other = ([rows.flatten() for rows in adapter(folder).values()] for folder in (one, other))
     one, other = torch.cat(one).double(), torch.cat(other).double()
-    assert (one - other).norm() < 1e-5 * one.norm()
+    assert (one - other).norm() < 1e-4 * one.norm()
 
 
 def assert_same_metrics(one, other):

@@ -177,3 +177,20 @@ def test_help_has_the_defaults_of_the_model(script):
     )  # tyro loses the comment of a split line
     assert text.count("(default:") > 35 and not bare
     assert "optimizer steps per rollout" in text and "(default: 48)" in text  # tiny's micro-batch
+
+
+def test_tensorboard_has_metrics_and_pictures_and_a_resumed_run_continues(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    quick("grpo", tmp_path / "run", "--iterations 1 --log-with tensorboard --eval-every 1")
+    done = here("grpo", "--resume", tmp_path / "run", "--iterations", 2)
+    assert done.returncode == 0, done.stderr
+    found = {}
+    for file in (tmp_path / "run" / "tensorboard").glob("events*"):
+        events = EventAccumulator(str(file))
+        events.Reload()
+        assert events.Tags()["images"] == ["samples"]
+        found |= {event.step: event.value for event in events.Scalars("eval_reward")}
+    lines = metrics(tmp_path / "run")
+    assert found == pytest.approx({n: lines[n]["eval_reward"] for n in range(3)}, rel=1e-6)  # float32 there
