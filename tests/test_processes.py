@@ -56,9 +56,9 @@ def adapter(folder):
 def assert_same_adapter(one, other):
     """To 1e-4 relative, as vectors.
 
-    Adam divides a gradient by its size: where a gradient is no larger than its rounding error, so is the step,
-    which differs by up to twice the learning rate. How many weights that are depends on the CPU: vectors
-    differed by 8e-7 on one and by 1.8e-5 on another. In float64 every single weight agrees, see below.
+    Adam divides a gradient by its size: where a gradient is no larger than its rounding error, the step is as
+    large as any other and has any sign. How many weights that concerns depends on the CPU: vectors differed
+    by 8e-7 on one and by 1.8e-5 on another. In float64 every single weight agrees, see below.
     """
     one, other = ([rows.flatten() for rows in adapter(folder).values()] for folder in (one, other))
     one, other = torch.cat(one).double(), torch.cat(other).double()
