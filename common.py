@@ -1038,9 +1038,9 @@ class Run:
         iteration, off = metrics["iteration"], metrics.get("ratio_first_error")
         if off is not None and off > 0.1 * self.args.clip_range:
             tqdm.write(
-                f"warning: before any update the ratio differs from 1 by {off:.1e}: rollout and training"
+                f"warning: before any update the ratio is off by {off:.1e}: rollout and training disagree,"
             )
-            tqdm.write("disagree, so later ratios are wrong as well. Try --no-compile and another --dtype.")
+            tqdm.write("so later ratios are wrong as well. Try --no-compile and another --dtype.")
         clipped = None
         if metrics.get("clip_low") is not None:
             clipped = metrics["clip_low"] + metrics["clip_high"]
@@ -1065,11 +1065,9 @@ class Run:
         best, minutes = max(scores, key=scores.get), 0.0
         for line in self.lines:
             minutes += sum(value for name, value in line.items() if name.endswith("_s")) / 60
-        print(
-            f"eval_reward {base:.3f} -> {scores[max(scores)]:.3f}, best {scores[best]:.3f} at {best};",
-            end=" ",
-        )
-        print(f"{minutes:.1f} minutes, {self.lines[-1]['velocity_evals']:,} velocity evaluations")
+        last, evals = scores[max(scores)], self.lines[-1]["velocity_evals"]
+        results = f"eval_reward {base:.3f} -> {last:.3f}, best {scores[best]:.3f} at {best}"
+        print(f"{results}; {minutes:.1f} minutes, {evals:,} velocity evaluations")
         print(self.folder / "samples" / "compare.png", self.folder / "lora" / str(best), sep="  ")
 
 
