@@ -51,12 +51,13 @@ def mean_curve(axes, runs, name, label, seeds=range(8), metric="eval_reward", **
 def draw_curves(axes, runs):
     for number, (script, name) in enumerate(DEFAULT.items()):
         mean_curve(axes[0], runs, name, f"{script}.py", color=f"C{number}")
-        power = study.search(runs, script)[1]
-        label = f"{script}.py, rate {study.rate(script, power)}"
+        _, power, todo = study.search(runs, script)
+        found = "best so far" if todo else "best"
+        label = f"{script}.py, rate {study.rate(script, power)} ({found})"
         mean_curve(axes[1], runs, study.at_rate(script, power), label, range(5), color=f"C{number}")
     mean_curve(axes[0], runs, "grpo flow 0.7 early", "grpo.py, flow 0.7", color="0.5")
     finish(axes[0], "early steps random: defaults, and flow 0.7", loc="lower right")
-    finish(axes[1], "all steps random, flow 0.7: tuned learning rates", y="", loc="lower right")
+    finish(axes[1], "all steps random, flow 0.7: learning rates of the search", y="", loc="upper left")
     for one in axes:
         one.set_ylim(0.45, 0.95)
 
