@@ -1,11 +1,15 @@
-"""The figures of the study's page, and README.md's. `python tests/study.py page` draws them.
+"""The figures of the study's page and of README.md. `python tests/study.py page` draws all but one of them.
+
+    python tests/study_figures.py runs/mine    # README.md's first picture, from a finished run of grpo.py
 
 They are as wide as a page on GitHub, 830 pixels, at twice the resolution.
 """
 
 import sys
+import textwrap
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -267,8 +271,8 @@ def draw_algorithms(axes, runs, steps=6):
             path(place, points, range(steps - 1))
             for x, size in ((0.05, 1.9), (2.05, 2.9)) if place else ():
                 axes[place].add_patch(FancyBboxPatch((x, y - 0.22), size, 0.44, "round,pad=0.03", fc="0.93"))
-    path(2, [(n, 3.4) for n in range(steps + 1)], ())
-    axes[2].text(0.1, 3.6, "trunk, by ODE", fontsize=7.5, color="0.3")
+    path(2, [(n, 3.4) for n in range(4)], ())  # it ends at the last branch point: its image is not scored
+    axes[2].text(0.1, 3.6, "trunk, ODE steps", fontsize=7.5, color="0.3")
     for leave, low in ((0, 1.7), (3, -0.1)):
         for y in (low, low + 0.45, low + 0.9):
             path(2, [(leave, 3.4), *((n, y) for n in range(leave + 1, steps + 1))], [0])
@@ -277,13 +281,41 @@ def draw_algorithms(axes, runs, steps=6):
         axes[place].plot(steps + np.array([0.15, 0.3, 0.3, 0.15]), [low, low, high, high], color="tab:blue")
         where = steps + 0.45, (low + high) / 2
         axes[place].text(*where, text, color="tab:blue", va="center", fontsize=7.5)
-    axes[0].set_title("GRPO: the reward of an image goes\nto each of its random steps alike", fontsize=8.5)
-    axes[1].set_title("GCPO: the steps of a chunk (box)\nhave one ratio together", fontsize=8.5)
-    axes[2].set_title("TempFlow-GRPO: a branch has one\nrandom step with all of its reward", fontsize=8.5)
+    axes[0].set_title("GRPO: every random step of an image\ngets the same advantage", fontsize=8.5)
+    axes[1].set_title("GCPO: the steps of a chunk (box)\nshare one ratio", fontsize=8.5)
+    axes[2].set_title(
+        "TempFlow-GRPO: a branch has one\nrandom step, which gets all of its reward", fontsize=8.5
+    )
     for one in axes:
         one.set(xlim=(-0.3, steps + 2.1), ylim=(-0.5, 3.9), yticks=[], xticks=[0, steps])
         one.set_xticklabels(["noise", "image"])
     axes[1].set_xlabel("red: a random step (SDE), trained    grey: an ODE step    blue: compared rewards")
+
+
+def draw_compare(run, picture=ROOT / "tests" / "tiny" / "compare.png", every=8):
+    """Images of the base model (above) and of a run's last adapter (below): the first of every eighth prompt.
+
+    Prompts and noise are those of the run's evaluations.
+    """
+    policy, prompts, text, sigmas = base_model()
+    noise = policy.draw_noise(len(prompts) * 4, 1, common.generator(0, "evaluation", 0))
+    shown = torch.arange(0, len(prompts), every)
+    images = []
+    for trained in (False, True):
+        if trained:
+            policy.transformer.delete_adapters("default")
+            last = max((run / "lora").iterdir(), key=lambda folder: int(folder.name))
+            policy.pipe.load_lora_weights(last)
+        images.append(policy.decode(common.ode_sample(policy, noise[shown * 4], text, shown, sigmas)))
+    figure = Figure(figsize=(8.3, 3.75), layout="constrained")
+    for axes, image, n in zip(figure.subplots(2, len(shown)).flat, torch.cat(images), [*shown, *shown]):
+        axes.imshow(image.permute(1, 2, 0))
+        axes.set(xticks=[], yticks=[], xlabel=f"reward {shapes(image[None], [prompts[n]]).item():.2f}")
+        if axes.get_subplotspec().is_first_row():
+            axes.set_title("\n".join(textwrap.wrap(prompts[n], 17)), fontsize=8.5)
+        if axes.get_subplotspec().is_first_col():
+            axes.set_ylabel("before" if axes.get_subplotspec().is_first_row() else "after", fontsize=11)
+    figure.savefig(picture, dpi=200)
 
 
 FIGURES = {  # height in inches, rows, columns
@@ -306,3 +338,7 @@ def draw(folder=study.CURVES, names=FIGURES):
         figure = Figure(figsize=(8.3, height), layout="constrained")
         draw_axes([*figure.subplots(*shape, squeeze=False).flat], runs)
         figure.savefig(folder / f"{name}.png", dpi=200)
+
+
+if __name__ == "__main__":
+    draw_compare(Path(sys.argv[1]))
