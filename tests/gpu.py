@@ -1,8 +1,8 @@
 """What only a GPU can show: real command lines at true size, with random weights, on cards of several sizes.
 
     python tests/gpu.py                       # all parts, one after the other, on a large CUDA GPU
-    python tests/gpu.py gcpo klein --seconds 300
-    python tests/gpu.py --small               # the same path with toys, also on a CPU
+    python tests/gpu.py gcpo klein --seconds 300 --options="--prompts-per-iteration 4"
+    python tests/gpu.py --small --device cpu  # the same path with toys
 
 Each part is a process with its own time limit, so one that fails or hangs does not stop the next. A smaller
 card is emulated: PyTorch's allocator gets what a card of that size has left beside CUDA's context, and is
@@ -37,7 +37,7 @@ PARTS = {  # in the order in which they matter. gb: GiB of the emulated card, 0:
     "gcpo": Part("sd3", "gcpo", 0, 200),
     "attention": Part("sd3", None, 0, 200),
     "klein": Part("flux2", "grpo", 23.6, 200, "--prompts-per-iteration 1"),
-    "flux": Part("flux", "gcpo", 79.6, 300, "--prompts-per-iteration 1"),
+    "flux1": Part("flux", "gcpo", 79.6, 300, "--prompts-per-iteration 1"),
 }
 RUN = "--iterations 1 --eval-steps 2"
 METRICS = "rollout_s reward_s train_s eval_s ratio_first_error zero_std_groups grad_norm".split()
@@ -104,7 +104,7 @@ def emulate(gb):
     torch.cuda.mem_get_info = lambda *_: (int(total - CONTEXT) - torch.cuda.memory_reserved(), total)
 
 
-def write(model, folder, device, small):
+def write_model(model, folder, device, small):
     """A pipeline with random weights, and a CLIP-H for pickscore, as folders that the scripts can load."""
     import torch
     import transformers
@@ -128,12 +128,13 @@ def write(model, folder, device, small):
     bench.make_pipeline(model, device, dtype, small).save_pretrained(Path(folder, model))
 
 
-def command(part, folder, device, small, more):
+def command(part, folder, args):
     """The command line of a part's script."""
     reward = f"pickscore:{folder / 'clip'}"
     files = f"--model {folder / part.model} --reward {reward} --output {folder / 'run'}"
-    files += f" --prompts {folder / 'prompts.txt'} --eval-prompts {folder / 'two.txt'} --device {device}"
-    return [f"{part.script}.py", *f"{files} {RUN} {SMALL if small else part.options}".split(), *more]
+    files += f" --prompts {folder / 'prompts.txt'} --eval-prompts {folder / 'two.txt'} --device {args.device}"
+    options = f"{files} {RUN} {SMALL if args.small else part.options} {args.options}"
+    return [f"{part.script}.py", *options.split()]
 
 
 def run_script(part, line, record):
@@ -170,7 +171,8 @@ def attention(device, small, record):
     """Train SD3 with the attention that the scripts use, and with cuDNN's; and see that nothing compiles
     again after the networks went to the CPU and back.
 
-    cosine: of the gradient to the first one. cuDNN's comes last, as it may end the process.
+    cosine, difference (relative): of the gradient to the first one, whose second measurement shows what
+    rounding alone does. cuDNN's comes last, as it may end the process.
     """
     import torch
 
@@ -178,7 +180,6 @@ def attention(device, small, record):
     import common
     import grpo
 
-    torch._inductor.config.force_disable_caches = True  # its key lacks the choice of attention
     pipe = bench.make_pipeline("sd3", device, torch.float32 if small else torch.bfloat16, small)
     policy = common.Policy(pipe, 16 if small else 512, micro_batch=4 if small else 46, device=device)
     for parameter in policy.parameters:  # as B is zero at first, A would have no gradient
@@ -213,8 +214,9 @@ def attention(device, small, record):
             parameter.grad.zero_()
         error = log_ratio.expm1().abs().max().item()
         cosine = torch.nn.functional.cosine_similarity(gradients[0], gradients[-1], 0).item()
-        results[label] = {"ratio_error": error, "cosine": cosine, "kernels": kernels}
-        results[label] |= {"rollout_s": rollout_s, "train_s": train_s}
+        difference = ((gradients[-1] - gradients[0]).norm() / gradients[0].norm()).item()
+        results[label] = {"ratio_error": error, "cosine": cosine, "difference": difference}
+        results[label] |= {"rollout_s": rollout_s, "train_s": train_s, "kernels": kernels}
         record.save()
 
     record.enter("compile")
@@ -225,6 +227,7 @@ def attention(device, small, record):
     measure("after the trip", text())
     record.enter("compile again")
     torch.compiler.reset()
+    torch._functorch.config.enable_autograd_cache = False  # whose key lacks the choice of attention
     torch.backends.cuda.enable_cudnn_sdp(True)
     torch.backends.cuda.enable_flash_sdp(False)  # leaves cuDNN's, or the plain one
     torch.backends.cuda.enable_mem_efficient_sdp(False)
@@ -232,18 +235,18 @@ def attention(device, small, record):
     measure("cuDNN", first)
 
 
-def child(name, folder, args, more):
+def child(args):
     """A part, or the writing of a model, in this process."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    record = Record(args.out / "now.json")
+    record, part = Record(args.out / "now.json"), PARTS.get(args.child)
     try:
-        if name in bench_models():
-            write(name, folder, "cpu" if args.small else args.device, args.small)
-        elif PARTS[name].script is None:
+        if part is None:
+            model = args.child.removeprefix("write ")
+            write_model(model, args.folder, "cpu" if args.small else args.device, args.small)
+        elif part.script is None:
             attention(args.device, args.small, record)
         else:
-            line = command(PARTS[name], folder, args.device, args.small, more)
-            run_script(PARTS[name], line, record)
+            run_script(part, command(part, args.folder, args), record)
     finally:
         record.enter("end")
 
@@ -251,17 +254,14 @@ def child(name, folder, args, more):
 # ---------------------------------------------------------------- in the first process
 
 
-def bench_models():
-    return {part.model for part in PARTS.values()}
-
-
-def run_child(name, folder, args, more, seconds):
+def run_child(name, folder, args, seconds):
     """Run a part. Returns its result: status (ok, exit N, timeout), seconds, what it measured and printed."""
     now, log = args.out / "now.json", args.out / "log.txt"
     now.unlink(missing_ok=True)
     shutil.rmtree(folder / "run", ignore_errors=True)
     options = ["--child", name, "--folder", folder, "--out", args.out, "--device", args.device]
-    line = [sys.executable, __file__, *map(str, options), *["--small"] * args.small, *more]
+    options += [f"--options={args.options}", *["--small"] * args.small]
+    line = [sys.executable, __file__, *map(str, options)]
     start, place = time.perf_counter(), log.stat().st_size if log.exists() else 0
     with open(log, "ab") as file:
         quiet = {"TORCH_LOGS": "recompiles", "PYTHONUNBUFFERED": "1", **os.environ}
@@ -277,7 +277,7 @@ def run_child(name, folder, args, more, seconds):
     printed = log.read_bytes()[place:].decode(errors="replace").splitlines()
     result = {"status": status, "seconds": round(time.perf_counter() - start, 1)}
     if name in PARTS and PARTS[name].script:
-        result["command"] = " ".join(command(PARTS[name], Path("FOLDER"), args.device, args.small, more))
+        result["command"] = " ".join(command(PARTS[name], Path("FOLDER"), args))
     result |= json.loads(now.read_text()) if now.exists() else {}
     metrics = folder / "run" / "metrics.jsonl"
     result["metrics"] = [json.loads(row) for row in open(metrics)] if metrics.exists() else []
@@ -302,30 +302,29 @@ def show(name, result):
         print({name: line[name] for name in METRICS if line.get(name) is not None})
 
 
-def run_parts(args, more):
+def run_parts(args):
     """Run the parts one after the other. A model is written when it is needed, and deleted before another."""
     args.out.mkdir(parents=True, exist_ok=True)
     results, end = {}, time.perf_counter() + args.seconds
-    with tempfile.TemporaryDirectory(prefix="gpu-") as folder:
-        folder = Path(folder)
+    kept = contextlib.nullcontext(args.models) if args.models else tempfile.TemporaryDirectory()
+    with kept as folder:
+        folder = Path(folder).absolute()
+        folder.mkdir(exist_ok=True)
         (folder / "prompts.txt").write_text("\n".join(PROMPTS))
         (folder / "two.txt").write_text("\n".join(PROMPTS[:2]))
 
         def run(name, seconds):
-            results[name] = run_child(name, folder, args, more, min(seconds, end - time.perf_counter()))
+            results[name] = run_child(name, folder, args, min(seconds, end - time.perf_counter()))
             (args.out / "results.json").write_text(json.dumps(results, indent=1))
             show(name, results[name])
             return results[name]["status"] == "ok"
 
-        for name in args.parts:
+        for name in args.parts or PARTS:
             part = PARTS[name]
-            if end - time.perf_counter() < 0.3 * min(part.seconds, args.seconds):
-                print(f"\n{name}: too little time is left", flush=True)
-                continue
             if part.script and not (folder / part.model).exists():
-                for model in bench_models():  # two would not fit on a small disk
-                    shutil.rmtree(folder / model, ignore_errors=True)
-                if not run(part.model, 150):
+                for other in PARTS.values():  # two would not fit on a small disk
+                    shutil.rmtree(folder / other.model, ignore_errors=True)
+                if not run(f"write {part.model}", 150):
                     shutil.rmtree(folder / part.model, ignore_errors=True)
                     continue
             run(name, args.limit or part.seconds)
@@ -334,24 +333,26 @@ def run_parts(args, more):
 
 def main():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        epilog="Further options go to the scripts, for example --prompts-per-iteration 4.",
-    )  # fmt: skip
-    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="all, if none is named")
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", help=f"{', '.join(PARTS)}; all, if none is named")
     parser.add_argument("--seconds", type=float, default=3600, help="for all parts together")
     parser.add_argument("--limit", type=float, help="seconds for each part, instead of its own")
+    parser.add_argument("--options", default="", help="more options for the scripts")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu", help="folder of the results")
+    parser.add_argument("--models", type=Path, help="folder where the last model is kept for another call")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--small", action="store_true", help="toys, to try it on a CPU")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    args, more = parser.parse_known_args()
+    args = parser.parse_args()
     args.out = args.out.absolute()
     if args.child:
-        child(args.child, args.folder, args, more)
+        child(args)
+    elif unknown := [name for name in args.parts if name not in PARTS]:
+        parser.error(f"there is no part {unknown[0]}; the parts are {', '.join(PARTS)}")
     else:
-        args.parts = args.parts or list(PARTS)
-        run_parts(args, more)
+        run_parts(args)
 
 
 if __name__ == "__main__":
