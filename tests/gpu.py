@@ -57,7 +57,9 @@ class Record:
     def __init__(self, path):
         import torch
 
-        self.path, self.result, self.torch = path, {"phases": {}}, torch
+        card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        self.path, self.torch = path, torch
+        self.result = {"card": card, "torch": torch.__version__, "phases": {}}
         self.name, self.start, self.graphs = "imports", time.perf_counter(), 0
 
     def save(self):
@@ -286,10 +288,11 @@ def run_child(name, folder, args, seconds):
 
 def show(name, result):
     print(f"\n{name}: {result['status']}, {result['seconds']} s", flush=True)
+    if "tried" in result:
+        print("micro-batches tried:", *(f"{rows}{'' if fits else ' (no)'}" for rows, fits in result["tried"]))
     if "micro_batch" in result:
-        tried = " ".join(str(rows) for rows, _ in result.get("tried", []))
-        checkpointing = ", with gradient checkpointing" * result["checkpointing"]
-        print(f"micro-batch {result['micro_batch']}{checkpointing}; tried {tried or 'none'}")
+        print("micro-batch", result["micro_batch"], "with gradient checkpointing" * result["checkpointing"])
+    print(*result["recompiles"], sep="\n", end="\n" * bool(result["recompiles"]))
     if result["status"] != "ok":
         print(*result["tail"], sep="\n")
     names = "seconds", "allocated", "reserved", "graphs"
