@@ -291,7 +291,8 @@ def show(name, result):
     if "tried" in result:
         print("micro-batches tried:", *(f"{rows}{'' if fits else ' (no)'}" for rows, fits in result["tried"]))
     if "micro_batch" in result:
-        print("micro-batch", result["micro_batch"], "with gradient checkpointing" * result["checkpointing"])
+        checkpointing = ", with gradient checkpointing" * result["checkpointing"]
+        print(f"micro-batch {result['micro_batch']}{checkpointing}")
     print(*result["recompiles"], sep="\n", end="\n" * bool(result["recompiles"]))
     if result["status"] != "ok":
         print(*result["tail"], sep="\n")
