@@ -81,6 +81,7 @@ class Record:
         phase["seconds"] = round(phase["seconds"] + now - self.start, 3)
         phase["graphs"] += graphs - self.graphs
         self.name, self.start, self.graphs = name, now, graphs
+        self.result["last phase"] = name if name != "end" else ended
         self.save()
         return ended
 
@@ -295,7 +296,7 @@ def show(name, result):
         print(f"micro-batch {result['micro_batch']}{checkpointing}")
     print(*result["recompiles"], sep="\n", end="\n" * bool(result["recompiles"]))
     if result["status"] != "ok":
-        print(*result["tail"], sep="\n")
+        print("in", result.get("last phase", "its imports"), *result["tail"], sep="\n")
     names = "seconds", "allocated", "reserved", "graphs"
     print(f"{'phase':20s}", *(f"{name:>10s}" for name in names))
     for phase, values in result.get("phases", {}).items():
