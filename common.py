@@ -57,12 +57,14 @@ def noise_scale(sigmas, sde, noise_level):
     if sde == "dance":
         return torch.full_like(sigma, noise_level)
     if sde == "flow":
-        return noise_level * (sigma / (1 - torch.cat([sigmas[1:2], sigma[1:]]))).sqrt()
+        divisor = 1 - sigma
+        divisor[0] = 1 - sigmas[1]  # the first sigma is 1 and would divide by 0; [FG]'s code does the same
+        return noise_level * (sigma / divisor).sqrt()
     if sde == "cps":
         std = sigma_next * math.sin(noise_level * math.pi / 2)
     else:
         r = sigma_next * (1 - sigma) / (sigma * (1 - sigma_next))
-        r[0] = 0.0
+        r[0] = 0.0  # exactly, although the first sigma may differ from 1 by rounding
         std = sigma_next * (1 - r ** (noise_level**2)).sqrt()
     return std / (sigma - sigma_next).sqrt()
 
@@ -72,7 +74,7 @@ def to_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def sde_drift_std(sigma, sigma_next, s, sde="flow"):
+def sde_drift_std(sigma, sigma_next, s, sde):
     """How much predicted noise a step removes beyond the ODE step, and the std of the noise that it adds.
 
     sigma, sigma_next, s: tensors that broadcast. "flow" and "dance" keep the marginals of the ODE if steps
@@ -86,19 +88,26 @@ def sde_drift_std(sigma, sigma_next, s, sde="flow"):
     return s**2 * delta / (2 * sigma), std
 
 
-def sde_mean_std(x, velocity, sigma, sigma_next, s, sde="flow"):
+def sde_mean_std(x, velocity, sigma, sigma_next, s, sde):
     """Mean and standard deviation of one SDE step, for any noise scale s >= 0 [FG] eq. 9, [CPS], [PR].
 
     x, velocity: (B, ...) latents and velocity at sigma; sigma, sigma_next, s: numbers or (B,) tensors.
     Returns the mean, shaped like x, and the std as (B or 1, 1, ...), in float32 or wider. With s = 0 the mean
-    is exactly the Euler step of the ODE. A new sampler only needs its own drift and std. The predicted
-    noise is x + velocity (1 - sigma).
+    is exactly the Euler step of the ODE. A new sampler only needs its own drift and std.
+
+    To check your own sampler: from sigma 0.5 to 0.4 with "flow" 0.7 (s = 0.7), x = 1 and velocity = 2 give
+    mean 0.702 and std 0.221.
     """
     x, velocity = to_float32(x), to_float32(velocity)
-    levels = [torch.as_tensor(level, dtype=x.dtype, device=x.device) for level in (sigma, sigma_next, s)]
-    sigma, sigma_next, s = (level.view(-1, *[1] * (x.dim() - 1)) for level in levels)
+
+    def as_column(level):  # (B, 1, ...), so that it broadcasts against x
+        level = torch.as_tensor(level, dtype=x.dtype, device=x.device)
+        return level.view(-1, *[1] * (x.dim() - 1))
+
+    sigma, sigma_next, s = as_column(sigma), as_column(sigma_next), as_column(s)
     drift, std = sde_drift_std(sigma, sigma_next, s, sde)
-    mean = (x - velocity * (sigma - sigma_next)) - drift * (x + velocity * (1 - sigma))
+    noise = x + velocity * (1 - sigma)  # the predicted noise
+    mean = x - velocity * (sigma - sigma_next) - drift * noise
     return mean, std
 
 
@@ -114,6 +123,14 @@ def log_prob(x, mean, std, batch_dims=1):
     return logp.flatten(batch_dims).mean(-1)
 
 
+def gaussian_kl(mean, other_mean, std):
+    """KL of two Gaussians of equal std, averaged over the dimensions as in log_prob: (B, ...) -> (B,).
+
+    [FG] divides by s^2 where the variance is s^2 Delta.
+    """
+    return ((mean - other_mean) ** 2 / (2 * std**2)).flatten(1).mean(1)
+
+
 @torch.no_grad()
 def ode_sample(policy, x, text, prompt_index, sigmas, tuned_share=1.0):
     """Euler sampling from x (B, ...) at sigmas[0], as at inference; other arguments as in velocity.
@@ -122,8 +139,8 @@ def ode_sample(policy, x, text, prompt_index, sigmas, tuned_share=1.0):
     on only in the first tuned_share of the steps. The adapter is switched back on before returning.
     """
     steps = len(sigmas) - 1
-    tuned_steps = math.ceil(tuned_share * steps - 1e-9)  # 0.6 of 5 steps is 3, in spite of rounding
-    for step in range(steps):
+    tuned_steps = math.ceil(tuned_share * steps - 1e-9)  # rounded up; 1e-9 since 0.6 * 5 is not exactly 3
+    for step in progress(range(steps), "evaluation"):
         if step == tuned_steps:
             policy.transformer.disable_adapters()
         velocity = policy.velocity_batched(x, sigmas[step], text, prompt_index)
@@ -156,7 +173,7 @@ def iteration_prompts(prompts, count, iteration, seed):
     """The prompts of an iteration (1, 2, ...): all are used, in random order, before any is used again."""
     chosen, order = [], {}
     for n in range((iteration - 1) * count, iteration * count):
-        epoch, place = divmod(n, len(prompts))
+        epoch, place = divmod(n, len(prompts))  # an iteration may end one epoch and begin the next
         if epoch not in order:
             order[epoch] = torch.randperm(len(prompts), generator=generator(seed, "prompts", epoch))
         chosen.append(prompts[order[epoch][place]])
@@ -201,11 +218,14 @@ class Stats:
         `ratio` becomes ratio_mean, ratio_min and ratio_max; of `ratio_first_error` the maximum is taken.
         """
         mine = {name: torch.cat(values).double().cpu() for name, values in self.values.items()}
-        processes = gather_object([mine])
+        merged = {}
+        for values in gather_object([mine]):  # a process with nothing to train has no values
+            for name, value in values.items():
+                merged.setdefault(name, []).append(value)
         names = "ratio_mean ratio_min ratio_max ratio_first_error clip_low clip_high approx_kl loss grad_norm"
         metrics = dict.fromkeys(names.split())
-        for name in dict.fromkeys(name for values in processes for name in values):
-            values = torch.cat([values[name] for values in processes if name in values])
+        for name, parts in merged.items():
+            values = torch.cat(parts)
             if name == "ratio":
                 metrics["ratio_mean"] = values.mean().item()
                 metrics["ratio_min"] = values.min().item()
@@ -315,11 +335,11 @@ class Flux(SD3):
         return {"txt_ids": x.new_zeros(embeds.shape[1], 3), "img_ids": image}
 
     def predict(self, x, sigma, text, guidance):
-        if self.ids is None:  # made once
+        if self.ids is None:  # made once: resolution and number of text tokens are fixed
             self.ids = self.positions(text[0], x)
         patches = pixel_unshuffle(x, self.patch)
         tokens = patches.flatten(2).transpose(1, 2)
-        timestep = (sigma * 1000).to(x.dtype) / 1000  # rounded as the pipeline does
+        timestep = (sigma * 1000).to(x.dtype) / 1000  # in bfloat16 rounded, as at inference with the pipeline
         inputs = {"encoder_hidden_states": text[0], "timestep": timestep, "return_dict": False, **self.ids}
         if len(text) > 1:
             inputs["pooled_projections"] = text[1]
@@ -393,7 +413,7 @@ def model_index(model):
         family, scheduler = index["_class_name"], index["scheduler"][1]
     except (OSError, ValueError, KeyError) as error:  # misspelt, gated, no network, another folder
         hint = "check spelling and network; for a gated model accept its licence and run `hf auth login`"
-        require(False, f"--model {model} is not a diffusers pipeline: {one_line(error)}; {hint}")
+        fail(f"--model {model} is not a diffusers pipeline: {one_line(error)}; {hint}")
     known = family in FAMILIES and scheduler == "FlowMatchEulerDiscreteScheduler"
     hint = f"use one of {', '.join(FAMILIES)} with FlowMatchEulerDiscreteScheduler"
     require(known, f"--model {model} is a {family} with {scheduler}; {hint}")
@@ -411,15 +431,15 @@ def load_pipeline(model, dtype):
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     options = {"use_safetensors": True, "trust_remote_code": False}  # never run code from a repository
-    dtype_option = "dtype" if Version(diffusers.__version__) >= Version("0.37") else "torch_dtype"
-    options[dtype_option] = DTYPES[dtype]
+    old = Version(diffusers.__version__) < Version("0.37")
+    options["torch_dtype" if old else "dtype"] = DTYPES[dtype]
     for name, value in model_index(model).items():
         if isinstance(value, list) and value[0] is None:  # a part that was left out, such as SD3's T5
             options[name] = None
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(model, **options)
     except (OSError, ValueError, ImportError) as error:
-        require(False, f"--model {model} cannot be loaded: {one_line(error)}")
+        fail(f"--model {model} cannot be loaded: {one_line(error)}")
     family = FAMILIES[type(pipe).__name__]
     for part, wanted in ((pipe.transformer, family.transformer_class), (pipe.vae, family.vae_class)):
         found = type(part).__name__
@@ -460,8 +480,9 @@ class Policy:
             self.family.max_sequence_length = max_sequence_length
         self.shape = self.family.latent_shape(resolution)
         self.resolution, self.guidance, self.micro_batch = resolution, guidance, micro_batch
-        self.velocity_evals, self.compiled = 0, False
-        self.dtype = self.transformer.dtype  # diffusers walks all modules for this: 8.5 ms for SD3.5
+        self.velocity_evals = 0  # one per latent and call
+        self.compiled = False
+        self.dtype = self.transformer.dtype  # before the adapter is added, which is float32
         if self.dtype != torch.float32:  # TF32 for the float32 adapter, otherwise as slow as all the rest
             torch.set_float32_matmul_precision("high")
         # cuDNN's attention is off: FLUX.1's backward pass accessed illegal memory with it (H200, torch 2.11)
@@ -474,7 +495,7 @@ class Policy:
             part.requires_grad_(False).eval()
         pipe.vae.to(self.device)
         pipe.transformer.to(self.device)
-        torch.manual_seed(seed)  # LoRA's A is random and its B is zero: the first policy is the base model
+        torch.manual_seed(seed)  # for LoRA's A; its B is zero, so the first policy is the base model
         config = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=self.family.targets)
         self.transformer.add_adapter(config)
         cast_training_params(self.transformer, torch.float32)
@@ -492,9 +513,9 @@ class Policy:
             self.transformer.enable_gradient_checkpointing()
 
     def training_call(self, rows, text):
-        """Set micro_batch to `rows`, do one forward and backward pass, and zero the gradients again.
+        """Set micro_batch to `rows`, and try one forward and backward pass. Returns the latents it used.
 
-        Returns the latents. Velocity evaluations are not counted.
+        Gradients are zero afterwards, and velocity evaluations are not counted.
         """
         evals, self.micro_batch = self.velocity_evals, rows
         x = torch.zeros(rows, *self.shape, device=self.device)
@@ -510,7 +531,7 @@ class Policy:
     def compile(self, text):
         """Compile the transformer's blocks for this micro_batch; if that fails, continue without."""
         print("compiling, about a minute")
-        if not self.transformer._repeated_blocks:  # SD3's class does not name them
+        if not self.transformer._repeated_blocks:  # SD3's class does not name its blocks there, but here
             self.transformer._repeated_blocks = self.transformer._no_split_modules
         self.transformer.compile_repeated_blocks(dynamic=False)
         self.compiled = True
@@ -525,9 +546,10 @@ class Policy:
         """Whether training and decoding of so many latents fit on the GPU beside `reserved` bytes."""
         torch.cuda.empty_cache()
         try:
-            ballast = torch.empty(reserved, dtype=torch.uint8, device=self.device)
-            self.decode(self.training_call(rows, text))
-            del ballast
+            ballast = torch.empty(reserved, dtype=torch.uint8, device=self.device)  # held during the trial
+            latents = self.training_call(rows, text)
+            self.decode(latents)
+            del ballast, latents
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
@@ -541,7 +563,9 @@ class Policy:
         and at least a tenth of the card. If not even one latent fits, gradient checkpointing is switched on.
         """
         latents = (1 + 3 * random_steps) * trajectories * math.prod(self.shape) * 4  # bytes
-        reserved, rows = max(latents, torch.cuda.mem_get_info()[1] // 10), trajectories
+        _, size_of_card = torch.cuda.mem_get_info()
+        reserved = max(latents, size_of_card // 10)
+        rows = trajectories
         while not self.fits(rows, reserved, text):
             rows = rows * 9 // 10
             if rows == 0:
@@ -552,7 +576,8 @@ class Policy:
                 rows = trajectories
         torch.cuda.empty_cache()
         rows = min(gather_object([rows]))
-        self.micro_batch = math.ceil(trajectories / math.ceil(trajectories / rows))  # in calls of equal size
+        calls = math.ceil(trajectories / rows)
+        self.micro_batch = math.ceil(trajectories / calls)  # calls of equal size
 
     @torch.no_grad()
     def encode(self, *batches):
@@ -562,7 +587,8 @@ class Policy:
         wait on the CPU. Each list is encoded in its own groups of eight, so the result does not depend on the
         other lists.
         """
-        networks = torch.nn.ModuleList([self.transformer, self.pipe.vae]).to("cpu")
+        self.transformer.to("cpu")
+        self.pipe.vae.to("cpu")
         torch.cuda.empty_cache()
         self.encoders.to(self.device)
         texts = []
@@ -571,10 +597,14 @@ class Policy:
             groups = [unique[start : start + 8] for start in range(0, len(unique), 8)]
             encoded = [self.family.encode(group) for group in groups]
             row = torch.tensor([unique.index(prompt) for prompt in [*prompts, ""]])
-            texts.append([torch.cat(parts).cpu()[row] for parts in zip(*encoded)])
+            kinds = zip(
+                *encoded
+            )  # for SD3: the embeddings of all groups, the pooled embeddings of all groups
+            texts.append([torch.cat(parts).cpu()[row] for parts in kinds])
         self.encoders.to("cpu")
         torch.cuda.empty_cache()
-        networks.to(self.device)
+        self.transformer.to(self.device)
+        self.pipe.vae.to(self.device)
         return texts
 
     def velocity(self, x, sigma, text, prompt_index, fill=True):
@@ -588,15 +618,17 @@ class Policy:
         """
         count = len(x)
         rows = max(count, self.micro_batch) if fill or self.compiled else count
-        row = torch.arange(rows, device=self.device).clamp(max=count - 1)
+        row = torch.arange(rows, device=self.device).clamp(max=count - 1)  # 0, 1, ..., then the last again
         sigma = torch.as_tensor(sigma, device=self.device).expand(count)[row]
         prompt_index, x = prompt_index[row], x[row].to(self.dtype)
         two_pass = self.guidance > 1 and self.family.two_pass_guidance
         if two_pass:  # one call for both
-            prompt_index = torch.cat([torch.full_like(prompt_index, -1), prompt_index])
+            empty = torch.full_like(prompt_index, -1)  # the last row of text is the empty prompt
+            prompt_index = torch.cat([empty, prompt_index])
             x, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
         grad = torch.is_grad_enabled()
-        with torch.set_grad_enabled(grad or self.compiled):  # a graph without gradients rounds differently
+        # compiled code for calls without gradients rounds differently, so the code with gradients is used
+        with torch.set_grad_enabled(grad or self.compiled):
             velocity = self.family.predict(x, sigma, [part[prompt_index] for part in text], self.guidance)
         velocity = velocity if grad else velocity.detach()
         if two_pass:
@@ -618,8 +650,10 @@ class Policy:
 
     def micro_batches(self, *tensors):
         """Split tensors of n rows into [(part, part), ...] of micro_batch rows, on the device."""
-        parts = [rows.to(self.device).split(self.micro_batch) for rows in tensors]
-        batches = list(zip(*parts)) if len(tensors[0]) > 0 else []  # split makes one part of no rows
+        batches = []
+        if len(tensors[0]) > 0:  # split would make one part of no rows
+            parts = [rows.to(self.device).split(self.micro_batch) for rows in tensors]
+            batches = list(zip(*parts))
         return progress(batches, "micro-batches")
 
     def sigmas(self, steps):
@@ -653,7 +687,8 @@ class Policy:
 
     def clip_gradients(self, max_norm):
         """Average the gradients over processes, undo loss_scale, clip. Returns the norm before clipping."""
-        gradients, processes = [p.grad for p in self.parameters], PartialState().num_processes
+        gradients = [parameter.grad for parameter in self.parameters]
+        processes = PartialState().num_processes
         if processes > 1:  # one message; hundreds of small ones are slow
             summed = reduce(torch.nn.utils.parameters_to_vector(gradients), "sum")
             torch.nn.utils.vector_to_parameters(summed, gradients)
@@ -662,17 +697,17 @@ class Policy:
         require(norm.isfinite(), "the gradient is not finite; try a lower --learning-rate or another --dtype")
         return norm
 
-    def update_average(self):
+    def update_ema(self):
         """Update the moving average of the weights, if there is one. Call after each optimizer step."""
         if self.ema is None:
             return
         if (self.ema.optimization_step + 1) % self.ema_every == 0:
             self.ema.step(self.parameters)
         else:
-            self.ema.optimization_step += 1  # counts only: the warm-up goes by optimizer steps, as in [FG]
+            self.ema.optimization_step += 1  # only counted: the warm-up goes by optimizer steps, as in [FG]
 
     @contextlib.contextmanager
-    def averaged(self):
+    def ema_weights(self):
         """Inside, the weights are replaced by their moving average, once it has taken a step."""
         average = self.ema is not None and self.ema.optimization_step >= self.ema_every
         if average:
@@ -739,20 +774,22 @@ def join_processes(device):
     """Join the processes that torchrun started, if any; then only the first prints. SystemExit if the device
     cannot be used.
     """
-    cuda, options = device.startswith("cuda"), {}
+    cuda = device.startswith("cuda")
+    options = {}
     if cuda and "LOCAL_RANK" in os.environ:
         local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         fits = device == "cuda" and local <= gpus
         require(fits, f"{local} processes need {local} GPUs and --device cuda; there are {gpus}")
-        options["backend"] = "cuda:nccl,cpu:gloo"
-    if not PartialState(cpu=not cuda, **options).is_main_process:
+        options["backend"] = "cuda:nccl,cpu:gloo"  # objects are gathered on the CPU
+    state = PartialState(cpu=not cuda, **options)
+    if not state.is_main_process:
         sys.stdout = open(os.devnull, "w")
     try:
-        torch.zeros(1, device=device).item()
         if device.startswith("cuda:"):  # so that memory is measured there, too
             torch.cuda.set_device(device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        require(False, f"--device {device} cannot be used: {one_line(error)}; try cpu")
+        fail(f"--device {device} cannot be used: {one_line(error)}; try cpu")
 
 
 def my_rows(rows):
@@ -774,10 +811,10 @@ def total(number):
     return sum(gather_object([number]))
 
 
-def progress(items, label, **options):
+def progress(items, label, leave=False, **options):
     """A progress bar around an iterable, in the terminal of the first process."""
     disable = None if PartialState().is_main_process else True  # None: if there is no terminal
-    return tqdm(items, desc=label, **{"leave": False, "disable": disable} | options)
+    return tqdm(items, desc=label, leave=leave, disable=disable, **options)
 
 
 # ---------------------------------------------------------------- the run: evaluation, checkpoint, log
@@ -872,12 +909,16 @@ class Run:
     """
 
     def __init__(self, args, policy, optimizer, reward, eval_reward, trajectories):
-        self.args, self.policy, self.optimizer, self.folder = args, policy, optimizer, Path(args.output)
+        self.args, self.policy, self.optimizer = args, policy, optimizer
         self.reward, self.eval_reward = reward, eval_reward
         self.prompts, self.eval_prompts = read_prompts(args.prompts), held_out_prompts(args)
-        self.lines, self.texts, self.seconds, self.phase_start = [], {}, {}, None
-        self.header = "iteration    reward evaluated   clipped  gradient\n"
-        config = run_config(args)
+        self.folder = Path(args.output)
+        self.lines = []
+        self.texts = {}  # {iteration: (prompts, text)}
+        self.seconds = {}  # {phase_s: seconds}
+        self.phase_start = None  # (name of the phase, its start)
+        self.header = "iteration    reward evaluated   clipped  gradient\n"  # above the first row only
+        config = run_config(args)  # reads the config.json that is replaced below
         if args.resume:
             self.load()
         (self.eval_text,) = policy.encode(self.eval_prompts)
@@ -887,16 +928,16 @@ class Run:
                 policy.fit_micro_batch(text, trajectories, parse_sde_steps(args)[1])
             if args.compile:
                 policy.compile(text)
-        print(f"{policy.micro_batch} latents at a time")
+        print(f"micro-batch: {policy.micro_batch} latents")
         self.tracker = None
         if PartialState().is_main_process:
-            try:
+            try:  # files come last: a start that fails leaves none
                 (self.folder / "samples").mkdir(parents=True, exist_ok=True)
                 write(self.folder / "config.json", json.dumps(config, indent=1).encode())
                 lines = "".join(json.dumps(line) + "\n" for line in self.lines)
                 write(self.folder / "metrics.jsonl", lines.encode())
             except OSError as error:
-                require(False, f"--output {self.folder} cannot be written: {one_line(error)}")
+                fail(f"--output {self.folder} cannot be written: {one_line(error)}")
             if args.log_with:
                 self.tracker = start_tracker(args, config["tracker_id"])
 
@@ -938,16 +979,15 @@ class Run:
         Writes samples/<iteration>.png and samples/compare.png. tuned_share: as in ode_sample.
         """
         self.phase("eval")
-        args, policy, evals = self.args, self.policy, self.policy.velocity_evals
+        args, policy = self.args, self.policy
+        evals = policy.velocity_evals
         prompts = [prompt for prompt in self.eval_prompts for _ in range(args.eval_seeds)]
         noise = policy.draw_noise(len(prompts), 1, generator(0, "evaluation", 0))
         index = my_rows(torch.arange(len(prompts), device=policy.device) // args.eval_seeds)
         text = [rows.to(policy.device) for rows in self.eval_text]
-        sigmas, latents = policy.sigmas(args.eval_steps), []
-        with policy.averaged():
-            for x, rows in policy.micro_batches(noise, index):
-                latents.append(ode_sample(policy, x, text, rows, sigmas, tuned_share))
-        latents, policy.velocity_evals = torch.cat(latents), evals
+        with policy.ema_weights():
+            latents = ode_sample(policy, noise, text, index, policy.sigmas(args.eval_steps), tuned_share)
+        policy.velocity_evals = evals
         scores, parts = score(policy, self.reward, latents, my_rows(prompts))
         if self.eval_reward:
             _, more = score(policy, self.eval_reward, latents, my_rows(prompts))
@@ -956,7 +996,8 @@ class Run:
         parts = {name: gather(values) for name, values in parts.items()}
         if PartialState().is_main_process:
             if iteration == 0:
-                print(*self.reward.self_check(prompts, parts, args.resolution), sep="\n")
+                for line in self.reward.self_check(prompts, parts, args.resolution):
+                    print(line)
             shown = list(range(0, len(prompts), args.eval_seeds))[:16]  # always the first prompts
             images = policy.decode(latents[shown].to(policy.device)).cpu()
             captions = [f"{scores[n]:.2f}  {prompts[n]}" for n in shown]
@@ -971,7 +1012,8 @@ class Run:
         """
         self.phase(None)
         metrics |= self.seconds
-        metrics["images"] = metrics.get("images", 0) + (self.lines[-1]["images"] if self.lines else 0)
+        images_before = self.lines[-1]["images"] if self.lines else 0
+        metrics["images"] = images_before + metrics.get("images", 0)
         metrics["velocity_evals"] = total(self.policy.velocity_evals)
         if self.policy.device.type == "cuda":
             metrics["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
@@ -986,7 +1028,7 @@ class Run:
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
         if iteration > 0 and "eval_reward" in metrics:
-            with self.policy.averaged():
+            with self.policy.ema_weights():
                 self.policy.save_lora(self.folder / "lora" / str(iteration))
         if iteration % self.args.save_every == 0 or iteration == self.args.iterations:
             self.save()
@@ -1009,20 +1051,17 @@ class Run:
         """Restore what save stored. Settings given together with --resume are kept."""
         from peft import set_peft_model_state_dict
 
-        policy, path, metrics = self.policy, self.folder / "checkpoint.pt", self.folder / "metrics.jsonl"
-        if not path.exists():  # it ended before its first checkpoint, or somebody deleted it
-            started = metrics.exists() and len(metrics.read_bytes().splitlines()) > 1
-            require(not started, f"{path} is missing; start a new run")
-            return
+        policy, path = self.policy, self.folder / "checkpoint.pt"
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             self.lines, adapter, ema = state["lines"], state["lora"], state["ema"]
-            differ = adapter.keys() ^ policy.lora().keys()
-            problem = f"{min(differ)} is only in one of adapter and model" if differ else ""
-        except Exception as error:  # damaged files raise errors of many kinds
-            problem = one_line(error)
-        require(not problem, f"{path} cannot be resumed: {problem}; start a new run")
-        policy.velocity_evals = self.lines[-1]["velocity_evals"] if PartialState().is_main_process else 0
+        except Exception as error:  # missing and damaged files raise errors of many kinds
+            fail(f"{path} cannot be resumed: {one_line(error)}; start a new run")
+        for name in adapter.keys() ^ policy.lora().keys():
+            problem = f"{name} is only in one of adapter and model"
+            fail(f"{path} cannot be resumed: {problem}; start a new run")
+        if PartialState().is_main_process:  # the stored number is the sum over processes
+            policy.velocity_evals = self.lines[-1]["velocity_evals"]
         set_peft_model_state_dict(policy.transformer, adapter)
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:  # load_state_dict restored the old one
@@ -1035,12 +1074,12 @@ class Run:
 
     def show(self, metrics):
         """Show an iteration in the terminal, in samples/progress.png if evaluated, in the tracker."""
-        iteration, off = metrics["iteration"], metrics.get("ratio_first_error")
-        if off is not None and off > 0.1 * self.args.clip_range:
+        iteration, error = metrics["iteration"], metrics.get("ratio_first_error")
+        if error is not None and error > 1e-5:  # clip ranges are larger
             tqdm.write(
-                f"warning: before any update the ratio is off by {off:.1e}: rollout and training disagree,"
+                f"warning: before any update the ratio differs from 1 by {error:.1e}: rollout and training"
             )
-            tqdm.write("so later ratios are wrong as well. Try --no-compile and another --dtype.")
+            tqdm.write("disagree, so later ratios are wrong as well. Try --no-compile and another --dtype.")
         clipped = None
         if metrics.get("clip_low") is not None:
             clipped = metrics["clip_low"] + metrics["clip_high"]
@@ -1059,10 +1098,11 @@ class Run:
         if self.tracker is not None:
             self.tracker.finish()
         scores = {line["iteration"]: line["eval_reward"] for line in self.lines if "eval_reward" in line}
-        base = scores.pop(0)
+        base = scores.pop(0)  # of iteration 0, before training
         if not scores:
             return
-        best, minutes = max(scores, key=scores.get), 0.0
+        best = max(scores, key=scores.get)
+        minutes = 0.0
         for line in self.lines:
             minutes += sum(value for name, value in line.items() if name.endswith("_s")) / 60
         last, evals = scores[max(scores)], self.lines[-1]["velocity_evals"]
@@ -1121,27 +1161,27 @@ def log_to_tracker(tracker, metrics, picture):
 class Args:
     """Settings shared by all scripts; comments are help texts. parse_args sets what depends on the model."""
 
-    prompts: str | None = None  # text file with one prompt per line, or .jsonl; None: the tiny model's
+    prompts: str | None = None  # text file with one prompt per line, or .jsonl; None: the tiny model's own
     model: str | None = None  # diffusers repository or folder, or tiny
     reward: str | None = None  # name, or weighted sum such as pickscore=0.7,ocr=0.3
     output: str | None = None  # run folder; None: runs/SCRIPT-MODEL-SEED-TIME
-    resume: str | None = None  # run folder to resume; options given with it override that run's settings
-    seed: int = 0  # random seed of training; evaluations always use the same noise
+    resume: str | None = None  # run folder to resume; other options override its settings
+    seed: int = 0  # random seed of the training
     device: str | None = None  # cuda, cuda:N or cpu
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # dtype of the frozen weights
     compile: bool = False  # compile the transformer's blocks
-    gradient_checkpointing: bool = False  # saves memory, takes a third longer to train
-    micro_batch: int = 3  # M, latents per forward pass; 0 finds what fits on the GPU
+    gradient_checkpointing: bool = False  # less memory, training takes a third longer
+    micro_batch: int = 3  # latents per forward pass; 0: as many as fit on the GPU
     lora_rank: int = 32  # LoRA rank
     lora_alpha: float = 64.0  # LoRA alpha; the adapter is scaled by alpha / rank
-    eval_prompts: str | None = None  # file, the first 64 are used; None: --prompts, or tiny's held-out ones
+    eval_prompts: str | None = None  # file of prompts for evaluation (the first 64); None: those of --prompts
     eval_every: int = 30  # iterations between evaluations
     eval_steps: int = 40  # ODE steps of an evaluation
     eval_seeds: int = 1  # images per prompt in an evaluation
-    eval_reward: str | None = None  # other rewards, logged as eval/<name>, not used in training
-    reward_offload: bool = False  # keep unused reward models on the CPU
+    eval_reward: str | None = None  # more rewards for evaluation, logged as eval/<name>, not trained
+    reward_offload: bool = False  # move reward models to the CPU while they are not scoring
     save_every: int = 1  # iterations between checkpoints
-    log_with: str | None = None  # also log to wandb, tensorboard or another tracker of accelerate
+    log_with: str | None = None  # also log to wandb, tensorboard or another tracker that accelerate knows
 
 
 NOISE_LEVELS = {"flow": 0.7, "dance": 0.3, "cps": 0.8, "precise": 1.5}  # [FG], [DG], [CPS], [PR]
@@ -1178,9 +1218,10 @@ def parse_args(script, args_class, defaults, argv=None):
         settings |= {"dtype": "bfloat16" if bfloat16 else "float16", "compile": True, "micro_batch": 0}
     settings |= defaults[family]
     own = args_class(**settings)
-    if given.sde in NOISE_LEVELS and given.sde != stored.get("sde", own.sde):  # each has its own noise level
-        stored["noise_level"] = own.noise_level if given.sde == own.sde else NOISE_LEVELS[given.sde]
+    noise_levels = NOISE_LEVELS | {own.sde: own.noise_level}
     settings |= stored | {"model": absolute(model), "device": device}
+    if given.sde in noise_levels and given.sde != args_class(**settings).sde:  # each sampler has its own
+        settings["noise_level"] = noise_levels[given.sde]
     args = tyro.cli(args_class, default=args_class(**settings), args=argv, prog=f"{script}.py")
 
     args.script, args.model = script, absolute(model)
@@ -1189,7 +1230,7 @@ def parse_args(script, args_class, defaults, argv=None):
         require(same, f"--resume cannot change --{name.replace('_', '-')}; start a new run")
     require(args.prompts or family == "tiny", "a model other than tiny needs --prompts FILE")
     check_numbers(args)
-    read_prompts(args.prompts)
+    read_prompts(args.prompts)  # errors in files are reported before a model is loaded
     held_out_prompts(args)
     if args.output is None:
         now = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
@@ -1212,7 +1253,12 @@ def parse_args(script, args_class, defaults, argv=None):
 def require(condition, message):
     """End the script with a one-line message unless the condition holds."""
     if not condition:
-        raise SystemExit(f"error: {message}")
+        fail(message)
+
+
+def fail(message):
+    """End the script with a one-line message."""
+    raise SystemExit(f"error: {message}")
 
 
 def absolute(path):
@@ -1243,7 +1289,7 @@ def resumed_settings(script, args_class, folder):
         owner, settings = config["script"], config["settings"]
         differ = sorted(settings.keys() ^ args_class.__dataclass_fields__.keys())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        require(False, f"--resume {folder} is not a run folder: {one_line(error)}")
+        fail(f"--resume {folder} is not a run folder: {one_line(error)}")
     require(owner == script, f"--resume {folder} is a run of {owner}.py; start a new run")
     require(not differ, f"--resume {folder} is of another version, with other settings: {', '.join(differ)}")
     return settings | {"resume": str(folder), "output": str(folder)}
@@ -1275,7 +1321,7 @@ def read_prompts(path):
         lines = file.read_text("utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else f"not UTF-8 text: {one_line(error)}"
-        require(False, f"prompts file {file}: {why}")
+        fail(f"prompts file {file}: {why}")
     prompts = []
     for number, line in enumerate(lines, 1):
         prompt = line.strip()
@@ -1286,7 +1332,7 @@ def read_prompts(path):
                 prompt = json.loads(line)["prompt"].strip()
             except (ValueError, KeyError, TypeError, AttributeError):
                 wanted = 'a line must be like {"prompt": "a red circle"}'
-                require(False, f"prompts file {file}, line {number}: {line.strip()[:80]}; {wanted}")
+                fail(f"prompts file {file}, line {number}: {line.strip()[:80]}; {wanted}")
         require(prompt and "\0" not in prompt, f"prompts file {file}, line {number}: empty, or not text")
         prompts.append(prompt)
     require(prompts, f"prompts file {file} has no prompts; write one per line")

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 
 import common
-from common import group_advantage, log_prob, noise_scale, ratio_metrics, sde_mean_std
+from common import gaussian_kl, group_advantage, log_prob, noise_scale, ratio_metrics, sde_mean_std
 from rewards import get_reward
 
 
@@ -31,27 +31,27 @@ class Args(common.Args):
     group_size: int = 16  # G, images per prompt
     updates_per_iteration: int = 2  # U, optimizer steps per rollout, each on different images
     steps: int = 10  # T, sampling steps
-    sde_steps: str = "early"  # random, trained steps: all, early (the first half), or a list 0,1,2
-    sde_steps_per_iteration: int = 0  # draw this many of them anew in each iteration; 0 uses all
-    sde: Literal["flow", "dance", "cps", "precise"] = "flow"  # how random steps add noise
-    noise_level: float = 0.7  # how much noise they add: a of flow, eta of the others
+    sde_steps: str = "early"  # which steps are random and trained: all, early (first half) or a list 0,1,2
+    sde_steps_per_iteration: int = 0  # how many of --sde-steps each iteration draws; 0 uses all
+    sde: Literal["flow", "dance", "cps", "precise"] = "flow"  # sampler, how random steps add noise
+    noise_level: float = 0.7  # noise level of random steps: a for flow, eta for the others
     guidance: float = 1.0  # classifier-free guidance, off at 1
     resolution: int = 512  # pixels per side
     shared_noise: bool = False  # one initial noise for a whole group, as in DanceGRPO
     learning_rate: float = 3e-4  # AdamW learning rate
     clip_range: float = 1e-4  # the ratio is clipped to 1 +- clip_range
     adv_clip: float = 5.0  # advantages are clipped to +- adv_clip
-    adv_std: Literal["group", "batch"] = "group"  # divide advantages by the std of each group or of the batch
-    kl_coef: float = 0.0  # beta, coefficient of the KL to the base model; 0 skips the KL
-    max_grad_norm: float = 1.0  # gradients with a larger norm are scaled down to this norm
-    ema_decay: float = 0.9  # decay of the moving average of the adapter's weights, off at 0
-    ema_every: int = 8  # optimizer steps between updates of the moving average
+    adv_std: Literal["group", "batch"] = "group"  # whose std divides advantages: each group's or the batch's
+    kl_coef: float = 0.0  # beta, coefficient of the KL penalty to the base model, off at 0
+    max_grad_norm: float = 1.0  # gradient clipping: larger norms are scaled down to this norm
+    ema_decay: float = 0.9  # EMA decay of the adapter's weights, off at 0
+    ema_every: int = 8  # optimizer steps between updates of the EMA
 
 
 # The defaults above are for SD3.5 Medium; these are the differences for other models. tiny: found by tuning.
 # Others: learning rate, clip range, LoRA, noise level and moving average are from [FG]; with these batches a
 # run takes an estimated 12 hours (tests/bench.py plan) on one GPU, of 24 GB for SD3 and FLUX.2, of 80 GB for
-# FLUX.1. To fit, SD3 runs without guidance, as in [FG]'s fast runs, and only early steps are trained.
+# FLUX.1. To save time, SD3 runs without guidance, as in [FG]'s fast runs, and only early steps are trained.
 DEFAULTS = {
     "tiny": dict(
         iterations=150, prompts_per_iteration=8, group_size=12, micro_batch=48, resolution=32,
@@ -74,10 +74,10 @@ class Rollout(NamedTuple):
     prompt_index: torch.Tensor  # (N,) which row of text each image uses
     sde: str  # the sampler, as in sde_mean_std
     sigma: torch.Tensor  # (K,) noise level before each random step
-    sigma_next: torch.Tensor  # (K,) noise level after it
+    sigma_next: torch.Tensor  # (K,) noise level after the step
     s: torch.Tensor  # (K,) noise scale
-    x: torch.Tensor  # (K, N, C, H, W) latents before it
-    x_next: torch.Tensor  # (K, N, C, H, W) latents after it
+    x: torch.Tensor  # (K, N, C, H, W) latents before the step
+    x_next: torch.Tensor  # (K, N, C, H, W) latents after the step
     logp: torch.Tensor  # (K, N) log-prob of x_next under the weights that sampled it
 
 
@@ -89,20 +89,31 @@ def sample(policy, text, prompt_index, noise, sigmas, s, sde, chosen):
     noise of each chosen step; sigmas: (T + 1,); s: (T - 1,) noise scales; chosen: K steps in rising order.
     Returns the final latents (N, C, H, W) and the Rollout.
     """
-    latents, x, x_next, logp = noise[0], [], [], []
+    latents = noise[0]
+    x, x_next, logp = [], [], []
     for step in common.progress(range(len(sigmas) - 1), "rollout"):
         velocity = policy.velocity_batched(latents, sigmas[step], text, prompt_index)
         if step in chosen:
             mean, std = sde_mean_std(latents, velocity, sigmas[step], sigmas[step + 1], s[step], sde)
             x.append(latents)
-            latents = mean + std * noise[len(x)]
+            latents = mean + std * noise[1 + chosen.index(step)]
             x_next.append(latents)
             logp.append(log_prob(latents, mean, std))
-        else:  # an ODE step: no noise, no log-prob, not trained. The last step is always an ODE step.
+        else:  # an ODE step has no noise and no log-prob. The last step is one: its noise would stay visible.
             latents = latents - (sigmas[step] - sigmas[step + 1]) * velocity
-    levels = sigmas[:-2][chosen], sigmas[1:-1][chosen], s[chosen]
-    states = torch.stack(x), torch.stack(x_next), torch.stack(logp)
-    return latents, Rollout(text, prompt_index, sde, *levels, *states)
+    before = torch.tensor(chosen)
+    rollout = Rollout(
+        text=text,
+        prompt_index=prompt_index,
+        sde=sde,
+        sigma=sigmas[before],
+        sigma_next=sigmas[before + 1],
+        s=s[before],
+        x=torch.stack(x),
+        x_next=torch.stack(x_next),
+        logp=torch.stack(logp),
+    )
+    return latents, rollout
 
 
 def transition_logp(policy, rollout, step, image):
@@ -118,57 +129,62 @@ def transition_logp(policy, rollout, step, image):
 
 
 def policy_loss(log_ratio, advantage, clip_range):
-    """PPO's clipped loss of each element, to be minimised. log_ratio: logp - old_logp."""
+    """PPO's clipped loss, to be minimised, shaped like log_ratio = logp - old_logp."""
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return torch.maximum(-advantage * ratio, -advantage * clipped)
 
 
-def update(policy, optimizer, args, rollout, advantage, images, stats, first):
+def update(policy, optimizer, args, rollout, advantage, images, stats, on_policy):
     """One optimizer step on the transitions of some images. Returns whether there was anything to learn.
 
-    advantage: (N,) and images: (n,) which images, both on the CPU; first: whether the weights are still those
-    of the rollout.
+    advantage: (N,) and images: (n,) which images, both on the CPU; on_policy: whether the weights are still
+    those of the rollout.
     """
     K = len(rollout.logp)
-    # an image with advantage 0 adds no gradient: unless the KL is on, skipping it changes nothing
-    live = images if args.kl_coef > 0 else images[advantage[images] != 0]
-    if common.total(len(live)) == 0:  # without a gradient Adam's momentum alone would move the weights
+    live = images
+    if args.kl_coef == 0:  # an image with advantage 0 has no gradient then, so it can be skipped
+        live = images[advantage[images] != 0]
+    nothing_to_learn = common.total(len(live)) == 0  # in all processes
+    if nothing_to_learn:  # a step would still move the weights, by Adam's momentum
         return False
-    step, image = torch.cartesian_prod(torch.arange(K), live).T
+    step = torch.arange(K).repeat_interleave(len(live))  # all steps of all live images
+    image = live.repeat(K)
     advantage = advantage.to(policy.device)
     for mb_step, mb_image in policy.micro_batches(step, image):
         logp, mean, std = transition_logp(policy, rollout, mb_step, mb_image)
-        # In the first update the ratio is exactly 1: no weight has changed since the rollout, and every call
-        # has the same shape. The loss is -A then, and its gradient is not 0 but -A * grad logp. If the ratio
-        # differs from 1 here, rollout and training disagree, and later ratios are wrong as well.
+        # In the first update the ratio is exactly 1: no weight has changed since the rollout, and the network
+        # is always called with one shape (Policy.velocity). The loss is -A, but its gradient is not 0: it is
+        # -A * grad logp. If the ratio is not 1, rollout and training disagree, and later ratios are wrong.
         log_ratio = logp - rollout.logp[mb_step, mb_image]
-        if first:
+        if on_policy:
             stats.add(ratio_first_error=(log_ratio.exp() - 1).abs())
         mb_advantage = advantage[mb_image]
         loss = policy_loss(log_ratio, mb_advantage, args.clip_range)  # (M,)
-        if args.kl_coef > 0:  # KL of the sampler's Gaussians; [FG] omits Delta from the variance
+        if args.kl_coef > 0:
             with policy.reference():
                 _, mean_ref, _ = transition_logp(policy, rollout, mb_step, mb_image)
-            kl = ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(1)
+            kl = gaussian_kl(mean, mean_ref, std)  # (M,)
             stats.add(kl_ref=kl)
             loss = loss + args.kl_coef * kl
+        # the mean over the K steps and over the update's images: skipped images count as zeros
         policy.backward((loss / K).sum() / len(images))
         stats.add(loss=loss, **ratio_metrics(log_ratio, mb_advantage, args.clip_range))
-    stats.add(grad_norm=policy.clip_gradients(args.max_grad_norm))
+    grad_norm = policy.clip_gradients(args.max_grad_norm)
     optimizer.step()
-    policy.update_average()
-    optimizer.zero_grad(set_to_none=False)  # clip_gradients needs every .grad
+    policy.update_ema()
+    optimizer.zero_grad(set_to_none=False)  # a process without a live image still has gradients to add: zeros
+    stats.add(grad_norm=grad_norm)
     return True
 
 
 def main(args):
     P, G, U = args.prompts_per_iteration, args.group_size, args.updates_per_iteration
     N = common.split_batch(args, G, group=G)  # images per iteration on this process
-    sde_steps, K = common.parse_sde_steps(args)  # K of them are random in an iteration
+    sde_steps, K = common.parse_sde_steps(args)  # an iteration uses K of them
     reward, eval_reward = common.load_rewards(args, get_reward)
     policy = common.make_policy(args, trajectories=N)
-    # eps is 1e-8, as in published code. SD3's gradients are of that size, so it about halves their updates
+    # Adam's default eps is as large as SD3's gradients, so it about halves the updates, as in published code
     optimizer = torch.optim.AdamW(policy.parameters, args.learning_rate, weight_decay=0.0)
     sigmas = policy.sigmas(args.steps)
     s = noise_scale(sigmas, args.sde, args.noise_level)  # (T - 1,)
@@ -179,30 +195,33 @@ def main(args):
     if not run.lines:  # a new run: evaluate the base model
         run.record({"iteration": 0} | run.evaluate(0))
     for iteration in run.remaining():
-        # The sampler is deterministic but for the random steps: only they have a probability to change.
+        # Only random steps have a probability, so only they can be made more probable.
         run.phase("rollout")
         prompts, text = run.text(iteration)
         chosen = common.iteration_steps(sde_steps, K, iteration, args.seed)  # K steps
         generator = common.generator(args.seed, "noise", iteration)
         noise = [policy.draw_noise(P, G, generator) for _ in range(1 + K)]
         if args.shared_noise:
-            noise[0] = noise[0][prompt_index * G]
+            noise[0] = noise[0][::G].repeat_interleave(G, dim=0)
         latents, rollout = sample(policy, text, prompt_index, noise, sigmas, s, args.sde, chosen)
 
-        # Prompts differ in difficulty, so an image is compared with the other images of its own prompt only.
+        # Prompts differ in difficulty, so an image is compared with the mean of its own prompt's images.
         run.phase("reward")
         captions = [prompts[n] for n in prompt_index.tolist()]
         rewards, parts = common.score(policy, reward, latents, captions)
-        batch_std = common.gather(rewards).std(correction=0) if args.adv_std == "batch" else None
+        batch_std = None  # each group has its own
+        if args.adv_std == "batch":
+            batch_std = common.gather(rewards).std(correction=0)
         advantage, zero_std_groups = group_advantage(rewards.view(-1, G), batch_std, args.adv_clip)
         advantage = advantage.flatten()  # (N,)
 
-        # From the second update on, the weights are not those that sampled: the ratio corrects for this, and
-        # its clip keeps them near.
+        # From the second update on, the weights differ from those of the rollout. The ratio corrects for it,
+        # and clipping keeps the difference small.
         run.phase("train")
-        stats, stepped = common.Stats(), False
+        stats, on_policy = common.Stats(), True
         for images in torch.arange(N).view(U, -1):
-            stepped |= update(policy, optimizer, args, rollout, advantage, images, stats, first=not stepped)
+            stepped = update(policy, optimizer, args, rollout, advantage, images, stats, on_policy)
+            on_policy = on_policy and not stepped
         del noise, latents, rollout  # the next rollout needs the memory
 
         metrics = {"iteration": iteration} | stats.metrics()

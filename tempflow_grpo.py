@@ -18,7 +18,15 @@ from typing import Literal, NamedTuple
 import torch
 
 import common
-from common import group_advantage, log_prob, noise_scale, ratio_metrics, sde_drift_std, sde_mean_std
+from common import (
+    gaussian_kl,
+    group_advantage,
+    log_prob,
+    noise_scale,
+    ratio_metrics,
+    sde_drift_std,
+    sde_mean_std,
+)
 from rewards import get_reward
 
 
@@ -30,25 +38,25 @@ class Args(common.Args):
     prompts_per_iteration: int = 16  # P, prompts per rollout
     # TempFlow: starts and branches replace the group size
     seeds_per_prompt: int = 1  # S, initial noises (starts) per prompt
-    branches: int = 12  # B, branches at each random step of a start
-    group: Literal["seed", "prompt"] = "seed"  # compare branches of a start, or of all starts of a prompt
-    weighting: Literal["noise", "none"] = "noise"  # scale the loss of each step by its noise, or not
+    branches: int = 12  # B, branches per start and random step
+    group: Literal["seed", "prompt"] = "seed"  # compare branches of one start, or of all starts of a prompt
+    weighting: Literal["noise", "none"] = "noise"  # weights of the steps' losses: by noise, or all 1
     updates_per_iteration: int = 2  # U, optimizer steps per rollout, each on different starts
     steps: int = 10  # T, sampling steps
-    sde_steps: str = "0,1,2"  # where branches split off: all, early (the first half), or a list 0,1,2
-    sde_steps_per_iteration: int = 0  # draw this many of them anew in each iteration; 0 uses all
-    sde: Literal["flow", "dance", "cps", "precise"] = "flow"  # how random steps add noise
-    noise_level: float = 0.7  # how much noise they add: a of flow, eta of the others
+    sde_steps: str = "0,1,2"  # where branches split off: all, early (first half) or a list 0,1,2
+    sde_steps_per_iteration: int = 0  # how many of --sde-steps each iteration draws; 0 uses all
+    sde: Literal["flow", "dance", "cps", "precise"] = "flow"  # sampler, how random steps add noise
+    noise_level: float = 0.7  # noise level of random steps: a for flow, eta for the others
     guidance: float = 1.0  # classifier-free guidance, off at 1
     resolution: int = 512  # pixels per side
     learning_rate: float = 3e-4  # AdamW learning rate
     clip_range: float = 1e-4  # the ratio is clipped to 1 +- clip_range
     adv_clip: float = 5.0  # advantages are clipped to +- adv_clip
-    adv_std: Literal["group", "batch"] = "group"  # divide advantages by the std of each group or of the batch
-    kl_coef: float = 0.0  # beta, coefficient of the KL to the base model; 0 skips the KL
-    max_grad_norm: float = 1.0  # gradients with a larger norm are scaled down to this norm
-    ema_decay: float = 0.9  # decay of the moving average of the adapter's weights, off at 0
-    ema_every: int = 8  # optimizer steps between updates of the moving average
+    adv_std: Literal["group", "batch"] = "group"  # whose std divides advantages: each group's or the batch's
+    kl_coef: float = 0.0  # beta, coefficient of the KL penalty to the base model, off at 0
+    max_grad_norm: float = 1.0  # gradient clipping: larger norms are scaled down to this norm
+    ema_decay: float = 0.9  # EMA decay of the adapter's weights, off at 0
+    ema_every: int = 8  # optimizer steps between updates of the EMA
 
 
 # The defaults above are for SD3.5 Medium; these are the differences for other models: as in grpo.py, with the
@@ -74,10 +82,10 @@ class Rollout(NamedTuple):
     prompt_index: torch.Tensor  # (N,) which row of text each start uses
     sde: str  # the sampler, as in sde_mean_std
     sigma: torch.Tensor  # (K,) noise level before each random step
-    sigma_next: torch.Tensor  # (K,) noise level after it
+    sigma_next: torch.Tensor  # (K,) noise level after the step
     s: torch.Tensor  # (K,) noise scale
-    x: torch.Tensor  # (K, N, C, H, W) latents before it
-    x_next: torch.Tensor  # (K, N, B, C, H, W) latents after it
+    x: torch.Tensor  # (K, N, C, H, W) latents before the step
+    x_next: torch.Tensor  # (K, N, B, C, H, W) latents after the step
     logp: torch.Tensor  # (K, N, B) log-prob of x_next under the weights that sampled it
 
 
@@ -95,47 +103,68 @@ def sample(policy, text, prompt_index, noise, sigmas, s, sde, chosen):
     so far go through the network together, in one pass over the steps. Returns the final latents of the
     branches (K N B, C, H, W) and the Rollout.
     """
-    trunk, B, x, x_next, logp = noise[0], noise[1].shape[1], [], [], []
-    branches = trunk[:0]
+    trunk, trunk_index = noise[0], prompt_index
+    branches, branch_index = noise[0][:0], prompt_index[:0]  # none yet
+    x, x_next, logp = [], [], []
     for step in common.progress(range(len(sigmas) - 1), "rollout"):
-        N, latents = len(trunk), torch.cat([trunk, branches])
-        index = torch.cat([prompt_index[:N], prompt_index.repeat_interleave(B).repeat(len(x))])
-        velocity = policy.velocity_batched(latents, sigmas[step], text, index, pad_first=N)
+        latents, index = torch.cat([trunk, branches]), torch.cat([trunk_index, branch_index])
+        n = len(trunk)  # these rows are trained, so they are padded to the shape of training
+        velocity = policy.velocity_batched(latents, sigmas[step], text, index, pad_first=n)
         ode_next = latents - (sigmas[step] - sigmas[step + 1]) * velocity
-        branches = ode_next[N:]
+        branches = ode_next[n:]
         if step in chosen:
-            mean, std = sde_mean_std(trunk, velocity[:N], sigmas[step], sigmas[step + 1], s[step], sde)
+            mean, std = sde_mean_std(trunk, velocity[:n], sigmas[step], sigmas[step + 1], s[step], sde)
+            mean, std = mean[:, None], std[:, None]  # for B branches of each state
+            branched = mean + std * noise[1 + chosen.index(step)]  # (N, B, C, H, W)
             x.append(trunk)
-            x_next.append(mean[:, None] + std * noise[len(x)])
-            logp.append(log_prob(x_next[-1], mean[:, None], std, batch_dims=2))
-            branches = torch.cat([branches, x_next[-1].flatten(0, 1)])
-        trunk = ode_next[:N] if step < chosen[-1] else trunk[:0]  # not needed after the last branches
-    levels = sigmas[:-2][chosen], sigmas[1:-1][chosen], s[chosen]
-    states = torch.stack(x), torch.stack(x_next), torch.stack(logp)
-    return branches, Rollout(text, prompt_index, sde, *levels, *states)
+            x_next.append(branched)
+            logp.append(log_prob(branched, mean, std, batch_dims=2))
+            branches = torch.cat([branches, branched.flatten(0, 1)])
+            branch_index = torch.cat([branch_index, prompt_index.repeat_interleave(branched.shape[1])])
+        trunk = ode_next[:n]
+        if step >= chosen[-1]:  # no trunk is needed after the last branches
+            trunk, trunk_index = trunk[:0], trunk_index[:0]
+    before = torch.tensor(chosen)
+    rollout = Rollout(
+        text=text,
+        prompt_index=prompt_index,
+        sde=sde,
+        sigma=sigmas[before],
+        sigma_next=sigmas[before + 1],
+        s=s[before],
+        x=torch.stack(x),
+        x_next=torch.stack(x_next),
+        logp=torch.stack(logp),
+    )
+    return branches, rollout
 
 
 def gradient_scale(sigma, sigma_next, s, sde):
     """Size of d logp / d velocity at each of K steps, (K,), up to a factor that all steps share.
 
-    It is |d mean / d velocity| / std. For "flow" and "dance" this is the factor sqrt(Delta) / s times the
-    bracket 1 + s^2 (1 - sigma) / (2 sigma).
+    It is |d mean / d velocity| / std. For "flow" and "dance" this is f sqrt(Delta) / s with the factor
+    f = 1 + s^2 (1 - sigma) / (2 sigma).
     """
     drift, std = sde_drift_std(sigma, sigma_next, s, sde)
     return (sigma - sigma_next + drift * (1 - sigma)) / std
 
 
-def step_weights(sigma, sigma_next, s, sde, weighting="noise"):
+def step_weights(sigma, sigma_next, s, sde, weighting):
     """Weights of the losses of K steps, (K,), with mean 1 [TF]; sigma, sigma_next, s: (K,).
 
-    Without weights low-noise steps dominate (gradient_scale). The weight is Delta / gradient_scale, so that
-    each step contributes in proportion to its length Delta. For "dance" this is s sqrt(Delta) / bracket. For
-    "flow" the bracket is 1 + a^2 / 2 at every step but the first, and [TF] omits it: s sqrt(Delta). [TF]'s
-    code has the normaliser 1 / mean as a constant, which is right for one schedule only.
+    Without weights low-noise steps dominate (gradient_scale). The weight is Delta / gradient_scale, so each
+    step contributes in proportion to its length Delta. With the factor f of gradient_scale, this is
+    s sqrt(Delta) / f for "dance". For "flow", f is 1 + a^2 / 2 at every step but the first, and [TF] omits
+    it. [TF]'s code divides by a constant instead of by the mean, which is right for one schedule only.
     """
+    if weighting == "none":
+        return torch.ones_like(s)
     delta = sigma - sigma_next
-    weight = s * delta.sqrt() if sde == "flow" else delta / gradient_scale(sigma, sigma_next, s, sde)
-    return weight / weight.mean() if weighting == "noise" else torch.ones_like(weight)
+    if sde == "flow":
+        weight = s * delta.sqrt()
+    else:
+        weight = delta / gradient_scale(sigma, sigma_next, s, sde)
+    return weight / weight.mean()
 
 
 def transition_logp(policy, rollout, step, start):
@@ -152,7 +181,7 @@ def transition_logp(policy, rollout, step, start):
 
 
 def policy_loss(log_ratio, advantage, clip_range):
-    """PPO's clipped loss of each element, to be minimised. log_ratio: logp - old_logp."""
+    """PPO's clipped loss, to be minimised, shaped like log_ratio = logp - old_logp."""
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return torch.maximum(-advantage * ratio, -advantage * clipped)
@@ -166,7 +195,8 @@ def step_metrics(chosen, rewards, gradient, weight):
     gradient, weight: (K,) size of d logp / d velocity, and the weights of the steps; the size is logged with
     and without the weights, with mean 1.
     """
-    spread, weighted = common.gather(rewards.std(2, correction=0).T).mean(0), gradient * weight
+    spread = common.gather(rewards.std(2, correction=0).T).mean(0)
+    weighted = gradient * weight
     return {
         "branch_steps": chosen,
         "reward_std_by_step": spread.tolist(),
@@ -175,97 +205,106 @@ def step_metrics(chosen, rewards, gradient, weight):
     }
 
 
-def update(policy, optimizer, args, rollout, weight, advantage, starts, stats, first):
+def update(policy, optimizer, args, rollout, weight, advantage, starts, stats, on_policy):
     """One optimizer step on the transitions of some starts. Returns whether there was anything to learn.
 
-    weight: (K,) weights of the steps; advantage: (K, N, B) and starts: (n,) which starts, both on the CPU;
-    first: whether the weights are still those of the rollout.
+    weight: (K,) of the steps; advantage: (K, N, B) and starts: (n,) which starts, both on the CPU; on_policy:
+    whether the network's weights are still those of the rollout.
     """
     K = len(rollout.logp)
-    # a state with advantage 0 adds no gradient: unless the KL is on, skipping it changes nothing
-    live = (advantage[:, starts] != 0).any(2) | (args.kl_coef > 0)  # (K, n) TempFlow: any of its branches
-    step, place = live.nonzero().T
-    start = starts[place]
-    if common.total(len(step)) == 0:  # without a gradient Adam's momentum alone would move the weights
+    live = torch.ones(K, len(starts), dtype=torch.bool)
+    if args.kl_coef == 0:  # a state has no gradient then if all of its branches have advantage 0
+        live = (advantage[:, starts] != 0).any(2)
+    nothing_to_learn = common.total(live.sum().item()) == 0  # in all processes
+    if nothing_to_learn:  # a step would still move the weights, by Adam's momentum
         return False
+    step, column = live.nonzero(as_tuple=True)
+    start = starts[column]
     advantage = advantage.to(policy.device)
     for mb_step, mb_start in policy.micro_batches(step, start):
         logp, mean, std = transition_logp(policy, rollout, mb_step, mb_start)
-        # In the first update the ratio is exactly 1: no weight has changed since the rollout, and every call
-        # has the same shape. The loss is -A then, and its gradient is not 0 but -A * grad logp. If the ratio
-        # differs from 1 here, rollout and training disagree, and later ratios are wrong as well.
+        # In the first update the ratio is exactly 1: no weight has changed since the rollout, and the network
+        # is always called with one shape (Policy.velocity). The loss is -A, but its gradient is not 0: it is
+        # -A * grad logp. If the ratio is not 1, rollout and training disagree, and later ratios are wrong.
         log_ratio = logp - rollout.logp[mb_step, mb_start]
-        if first:
+        if on_policy:
             stats.add(ratio_first_error=(log_ratio.exp() - 1).abs())
-        mb_advantage = advantage[mb_step, mb_start]  # (M, B) TempFlow: of this step only
+        mb_advantage = advantage[mb_step, mb_start]  # (M, B) TempFlow: each step has its own advantages
         loss = policy_loss(log_ratio, mb_advantage, args.clip_range)  # (M, B)
         loss = loss.mean(1) * weight[mb_step]  # (M,) TempFlow: mean over branches, times the step's weight
-        if args.kl_coef > 0:  # KL of the sampler's Gaussians; [FG] omits Delta from the variance
+        if args.kl_coef > 0:
             with policy.reference():
                 _, mean_ref, _ = transition_logp(policy, rollout, mb_step, mb_start)
-            kl = ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(1)
+            kl = gaussian_kl(mean, mean_ref, std)  # (M,)
             stats.add(kl_ref=kl)
             loss = loss + args.kl_coef * kl
+        # the mean over the K steps and over the update's starts: skipped states count as zeros
         policy.backward((loss / K).sum() / len(starts))
         stats.add(loss=loss, **ratio_metrics(log_ratio, mb_advantage, args.clip_range))
-    stats.add(grad_norm=policy.clip_gradients(args.max_grad_norm))
+    grad_norm = policy.clip_gradients(args.max_grad_norm)
     optimizer.step()
-    policy.update_average()
-    optimizer.zero_grad(set_to_none=False)  # clip_gradients needs every .grad
+    policy.update_ema()
+    optimizer.zero_grad(set_to_none=False)  # a process without a live image still has gradients to add: zeros
+    stats.add(grad_norm=grad_norm)
     return True
 
 
 def main(args):
-    # TempFlow: N starts with a trunk each; a group is the branches of a start at a step, or of a prompt
-    P, S, U, B = args.prompts_per_iteration, args.seeds_per_prompt, args.updates_per_iteration, args.branches
+    # TempFlow: N starts with a trunk each; a group is the branches of a start, or of a prompt, at one step
+    P, S, B = args.prompts_per_iteration, args.seeds_per_prompt, args.branches
+    U = args.updates_per_iteration
     G = B if args.group == "seed" else S * B
     N = common.split_batch(args, S, group=G)  # starts per iteration on this process
-    sde_steps, K = common.parse_sde_steps(args)  # K of them are random in an iteration
+    sde_steps, K = common.parse_sde_steps(args)  # an iteration uses K of them
     reward, eval_reward = common.load_rewards(args, get_reward)
     policy = common.make_policy(args, trajectories=N * B)
-    # eps is 1e-8, as in published code. SD3's gradients are of that size, so it about halves their updates
+    # Adam's default eps is as large as SD3's gradients, so it about halves the updates, as in published code
     optimizer = torch.optim.AdamW(policy.parameters, args.learning_rate, weight_decay=0.0)
     sigmas = policy.sigmas(args.steps)
     s = noise_scale(sigmas, args.sde, args.noise_level)  # (T - 1,)
-    weights = torch.zeros_like(s)  # TempFlow: of all steps, with mean 1 over those of --sde-steps
+    weights = torch.zeros_like(s)  # TempFlow: of each step, with mean 1 over --sde-steps
     levels = sigmas[:-2][sde_steps], sigmas[1:-1][sde_steps], s[sde_steps]
     weights[sde_steps] = step_weights(*levels, args.sde, args.weighting)
     prompt_index = torch.arange(N, device=policy.device) // S  # (N,) the prompt of each start
-    batch = f"{P} prompts x {S} starts x {K} steps x {B} branches = {P * S * K * B} images"
-    common.print_plan(args, sigmas, s, sde_steps, batch, weights)
+    images = f"{P} prompts x {S} starts x {K} steps x {B} branches = {P * S * K * B} images"
+    common.print_plan(args, sigmas, s, sde_steps, images, weights)
 
     run = common.Run(args, policy, optimizer, reward, eval_reward, trajectories=N * B)
     if not run.lines:  # a new run: evaluate the base model
         run.record({"iteration": 0} | run.evaluate(0))
     for iteration in run.remaining():
-        # The sampler is deterministic but for the random steps: only they have a probability to change.
+        # Only random steps have a probability, so only they can be made more probable.
         run.phase("rollout")
         prompts, text = run.text(iteration)
         chosen = common.iteration_steps(sde_steps, K, iteration, args.seed)  # K steps
         generator = common.generator(args.seed, "noise", iteration)
         weight = weights[chosen]  # TempFlow
         noise = [policy.draw_noise(P, S, generator)]
-        noise += [policy.draw_noise(P, S * B, generator).unflatten(0, (N, B)) for _ in range(K)]
+        for _ in range(K):  # TempFlow: for the branches at each step
+            noise.append(policy.draw_noise(P, S * B, generator).unflatten(0, (N, B)))
         latents, rollout = sample(policy, text, prompt_index, noise, sigmas, s, args.sde, chosen)
 
-        # Branches of a state differ in one random step only. They are compared with each other, so that this
-        # step gets all the credit.
+        # Branches of a state differ in one random step only. By default they are compared with each other, so
+        # this step gets all the credit.
         run.phase("reward")
-        captions = [prompts[n] for n in prompt_index.repeat_interleave(B).tolist()] * K
+        captions = [prompts[n] for n in prompt_index.repeat_interleave(B).tolist()]
+        captions = captions * K  # latents are in the order of step, start, branch
         rewards, parts = common.score(policy, reward, latents, captions)
-        batch_std = common.gather(rewards).std(correction=0) if args.adv_std == "batch" else None
+        batch_std = None  # each group has its own
+        if args.adv_std == "batch":
+            batch_std = common.gather(rewards).std(correction=0)
         advantage, zero_std_groups = group_advantage(rewards.view(-1, G), batch_std, args.adv_clip)
-        advantage = advantage.view(K, N, B)  # TempFlow: each step has its own
+        advantage = advantage.view(K, N, B)
 
-        # From the second update on, the weights are not those that sampled: the ratio corrects for this, and
-        # its clip keeps them near.
+        # From the second update on, the weights differ from those of the rollout. The ratio corrects for it,
+        # and clipping keeps the difference small.
         run.phase("train")
-        stats, stepped = common.Stats(), False
-        batch = rollout, weight, advantage
+        stats, on_policy = common.Stats(), True
         for starts in torch.arange(N).view(U, -1):
-            stepped |= update(policy, optimizer, args, *batch, starts, stats, first=not stepped)
+            stepped = update(policy, optimizer, args, rollout, weight, advantage, starts, stats, on_policy)
+            on_policy = on_policy and not stepped
         gradient = gradient_scale(rollout.sigma, rollout.sigma_next, rollout.s, args.sde)  # TempFlow
-        del noise, latents, rollout, batch  # the next rollout needs the memory
+        del noise, latents, rollout  # the next rollout needs the memory
 
         metrics = {"iteration": iteration} | stats.metrics()
         metrics |= common.reward_metrics(rewards, parts, G, zero_std_groups)

@@ -89,7 +89,7 @@ def test_step_weights(draws, sde):
         count = numbers.randint(1, len(s))
         steps = torch.randperm(len(s), generator=gen)[:count].sort().values
         levels = [level[steps] for level in (sigmas[:-2], sigmas[1:-1], s)]
-        weight = step_weights(*levels, sde)
+        weight = step_weights(*levels, sde, "noise")
         assert weight.shape == (count,) and (weight > 0).all() and abs(weight.mean() - 1) < 1e-5
         assert torch.equal(step_weights(*levels, sde, "none"), torch.ones(count))
         if sde == "flow":  # as long as the noise that the step adds

@@ -69,7 +69,8 @@ def rows_under(heading):
 def user(tmp_path, monkeypatch):
     """A folder with the files that the commands name, where no hub can be asked what a model is."""
     monkeypatch.chdir(tmp_path)
-    Path("data.txt").write_text("a red circle\ntwo blue squares\n")
+    for name in ("data.txt", "two.txt"):
+        Path(name).write_text("a red circle\ntwo blue squares\n")
     Path("my_file.py").write_text(python_block("# my_file.py\n"))
     monkeypatch.setattr(common, "model_index", fake_index(common.model_index))
 
@@ -233,10 +234,10 @@ def test_claims_are_those_of_the_study():
     """The table is made of the committed runs, and every interval in the text is on the study's page."""
     page = (ROOT / "tests/curves/README.md").read_text("utf-8")
     table = re.sub(r" *\| *", "|", study.claims(study.load(), "*"))
-    assert f"\n{table}\n\n" in README and table.count("\n") > 6
+    assert f"\n{table}\n\n" in README
     section = re.search(r"^## Results\n(.*?)(?=^## )", README, re.M | re.S).group(1)
     intervals = re.findall(r"[+-]?0\.\d{3} ± 0\.\d{3}", section)
-    assert len(intervals) > 8 and all(interval in page for interval in intervals)
+    assert intervals and all(interval in page for interval in intervals)
 
 
 def test_ends_of_the_quick_start_are_those_of_the_committed_runs():
@@ -248,30 +249,13 @@ def test_ends_of_the_quick_start_are_those_of_the_committed_runs():
 
 
 def test_worked_example_of_a_step():
-    """What the README asks a reader to work out: sigma 0.5 to 0.4, a = 0.7, x = 1, v = 2."""
+    """What the docstring of sde_mean_std gives to check one's own sampler by."""
     sigmas = torch.tensor([1.0, 0.5, 0.4, 0.0], dtype=torch.float64)
     s, one = common.noise_scale(sigmas, "flow", 0.7)[1], torch.ones(1, 1, 1, 1).double()
-    mean, std = common.sde_mean_std(one, 2 * one, 0.5, 0.4, s)
-    shown = re.search(r"mean ([\d.]+\d) and std ([\d.]+\d)", README)
+    mean, std = common.sde_mean_std(one, 2 * one, 0.5, 0.4, s, "flow")
+    shown = re.search(r"mean ([\d.]+\d) and std ([\d.]+\d)", common.sde_mean_std.__doc__)
     assert float(shown.group(1)) == pytest.approx(mean.item(), abs=5e-4)
     assert float(shown.group(2)) == pytest.approx(std.item(), abs=5e-4)
-
-
-def test_noise_that_flow_leaves():
-    """The std of what is not image before the last step, if the predicted image is right."""
-    sigmas = common.load_pipeline(str(common.TINY), "float32").scheduler
-    sigmas.set_timesteps(10)
-    sigmas = sigmas.sigmas.double()
-    s, left = common.noise_scale(sigmas, "flow", 0.7), []
-    for count in (9, 5):
-        noise = torch.tensor(1.0).double()
-        for n in range(9):
-            drift, std = common.sde_drift_std(sigmas[n], sigmas[n + 1], s[n] if n < count else 0 * s[n])
-            noise = ((noise * (sigmas[n + 1] - drift) / sigmas[n]) ** 2 + std**2).sqrt()
-        left.append(noise.item())
-    shown = re.search(r"has there, ([\d.]+\d) .*? std ([\d.]+\d) is left, .*? it is ([\d.]+\d)\.", README)
-    for text, number in zip(shown.groups(), [sigmas[9].item(), *left]):
-        assert round(number, len(text) - 2) == float(text)
 
 
 def test_worked_example_of_chunks():
@@ -279,16 +263,6 @@ def test_worked_example_of_chunks():
     curve, chunk_max, sizes = found.groups()
     got = gcpo.adaptive_chunks(torch.tensor(ast.literal_eval(curve)), int(chunk_max))
     assert got == [int(size) for size in sizes.split(", ")]
-
-
-def test_costs_are_those_of_the_formulas():
-    T, K, G, U, f, S, B = 10, 9, 24, 2, 1 / 2, 4, 6
-    branches = S * (1 + K - 1) + S * B * sum(T - 1 - k for k in range(K))
-    costs = [(G * T, 3 * G * K, G), (G * T, (4 - 1 / U) * f * G * K, G), (branches, 3 * S * K, S * B * K)]
-    shown = [
-        tuple(int(cell) for cell in row[1:]) for row in rows_under("What they cost") if row[1].isdecimal()
-    ]
-    assert shown == costs
 
 
 # ---------------------------------------------------------------- the page

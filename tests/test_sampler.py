@@ -130,9 +130,9 @@ def test_log_prob_is_the_normal_distributions_mean():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_widened_to_float32(dtype):
     x, v = torch.randn(2, 3, 4).to(dtype)
-    mean, std = common.sde_mean_std(x, v, 0.5, 0.4, 0.3)
+    mean, std = common.sde_mean_std(x, v, 0.5, 0.4, 0.3, "flow")
     assert mean.dtype == std.dtype == common.log_prob(x, mean, std).dtype == torch.float32
-    wide, _ = common.sde_mean_std(x.double(), v.double(), 0.5, 0.4, 0.3)
+    wide, _ = common.sde_mean_std(x.double(), v.double(), 0.5, 0.4, 0.3, "flow")
     torch.testing.assert_close(mean.double(), wide, atol=1e-6, rtol=1e-6)
 
 
@@ -208,12 +208,12 @@ def test_moving_average_takes_every_eighth_step():
     for n in range(96):
         for parameter in policy.parameters:
             parameter.data.normal_()
-        policy.update_average()
+        policy.update_ema()
         trained = [parameter.detach().clone() for parameter in policy.parameters]
         if n % 8 == 7:
             decay = min(0.9, (1 + n) / (10 + n))
             want = [decay * a + (1 - decay) * p for a, p in zip(want, trained)]
-        with policy.averaged():
+        with policy.ema_weights():
             used = zip(want if n >= 7 else trained, policy.parameters)
             assert all((a - p).abs().max() < 1e-5 for a, p in used)
     assert all(torch.equal(p, parameter) for p, parameter in zip(trained, policy.parameters))

@@ -122,7 +122,7 @@ def test_trying_leaves_no_trace_if_memory_runs_out_halfway(folder, monkeypatch):
 
 
 def test_zero_is_one_at_a_time_on_a_cpu(tmp_path):
-    assert "1 latents at a time" in quick("grpo", tmp_path / "run", "--iterations 1 --micro-batch 0")
+    assert "micro-batch: 1 latents" in quick("grpo", tmp_path / "run", "--iterations 1 --micro-batch 0")
     assert json.loads((tmp_path / "run" / "config.json").read_text())["settings"]["micro_batch"] == 0
 
 

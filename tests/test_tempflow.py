@@ -23,14 +23,14 @@ def test_normalisers_that_the_released_code_has_as_numbers():
     sigma, sigma_next, s = levels(scheduler.sigmas, "flow", 0.7)
     raw = s * (sigma - sigma_next).sqrt()
     assert 1 / raw.mean().item() == pytest.approx(2.252, abs=1e-3)  # 2.25 there
-    torch.testing.assert_close(step_weights(sigma, sigma_next, s, "flow"), raw * (1 / raw.mean()))
+    torch.testing.assert_close(step_weights(sigma, sigma_next, s, "flow", "noise"), raw * (1 / raw.mean()))
 
     flux = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     family = common.Flux(SimpleNamespace(scheduler=flux, vae_scale_factor=8))
     sigma, sigma_next, s = levels(family.sigmas(10, 1024), "flow", 0.9)
     raw = s * (sigma - sigma_next).sqrt()
     assert 1 / raw.mean().item() == pytest.approx(1.726, abs=1e-3)  # 1.73 there
-    assert step_weights(sigma, sigma_next, s, "flow").mean().item() == pytest.approx(1, abs=1e-6)
+    assert step_weights(sigma, sigma_next, s, "flow", "noise").mean().item() == pytest.approx(1, abs=1e-6)
     assert step_weights(sigma, sigma_next, s, "flow", "none").tolist() == [1.0] * 9
 
 
@@ -56,7 +56,7 @@ def test_weights_make_the_gradient_proportional_to_the_step_length(kind, level):
         norms.append(gradient.norm(dim=1).mean())
     norms, delta = torch.stack(norms), sigma - sigma_next
     first = 1 if kind == "flow" else 0  # the bracket, which [TF] leaves out, is 1 at sigma = 1
-    weighted = (norms * step_weights(sigma, sigma_next, s, kind) / delta)[first:]
+    weighted = (norms * step_weights(sigma, sigma_next, s, kind, "noise") / delta)[first:]
     assert (weighted / weighted.mean() - 1).abs().max() < 0.03
     plain = (norms / delta)[first:]
     assert (plain / plain.mean() - 1).abs().max() > 0.2
