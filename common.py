@@ -785,9 +785,9 @@ def join_processes(device):
     if not state.is_main_process:
         sys.stdout = open(os.devnull, "w")
     try:
+        torch.zeros(1, device=device).item()
         if device.startswith("cuda:"):  # so that memory is measured there, too
             torch.cuda.set_device(device)
-        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {device} cannot be used: {one_line(error)}; try cpu")
 
