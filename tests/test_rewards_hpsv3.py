@@ -74,6 +74,8 @@ def package(tmp_path, monkeypatch):
     (tmp_path / "hpsv3" / "dataset").mkdir(parents=True)
     (tmp_path / "hpsv3" / "__init__.py").write_text("raise ImportError('not to be imported')")
     (tmp_path / "hpsv3" / "dataset" / "data_collator_qwen.py").write_text(PACKAGE)
+    (tmp_path / "hpsv3-1.0.0.dist-info").mkdir()
+    (tmp_path / "hpsv3-1.0.0.dist-info" / "METADATA").write_text("Name: hpsv3\nVersion: 1.0.0\n")
     monkeypatch.syspath_prepend(tmp_path)
 
 
