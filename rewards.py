@@ -605,7 +605,7 @@ def vlm(images, prompts, url, model=None, question=QUESTION, scale=10.0, timeout
         fail(f"no answer of {url} has a score from 0 to {scale:g}; the last one: {str(answers[-1][1])[:500]}")
     if count:
         print(f"vlm: no score for {count} of {len(scores)} images; each gets its prompt's mean of the others")
-    return torch.tensor(fill_in(scores, prompts)) / scale
+    return torch.tensor([score / scale for score in fill_in(scores, prompts)])
 
 
 # -------------------------------------------------------- names and weighted sums
