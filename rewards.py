@@ -5,13 +5,14 @@ Every reward is a function `(images, prompts) -> scores`:
     prompts: list of B strings; prompts[i] belongs to images[i]
     scores:  (B,) float32 tensor on the CPU; higher is better
 Some take more arguments: `model`, a repository or folder; `device`, CUDA if available; and `batch`.
-`get_reward("pickscore=0.7,ocr=0.3")` builds a reward from names, which REWARDS, near the end, lists.
+`get_reward("pickscore=0.7,ocr=0.3")` builds a reward from names. REWARDS, near the end, lists the names.
 [FG] is Flow-GRPO (arXiv 2505.05470), [GE] is GenEval (arXiv 2310.11513).
 """
 
 import ast
 import base64
 import difflib
+import importlib.metadata
 import importlib.util
 import inspect
 import io
@@ -22,7 +23,7 @@ import re
 import sys
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial, update_wrapper, wraps
+from functools import cache, partial, update_wrapper
 from pathlib import Path
 
 import huggingface_hub
@@ -45,22 +46,10 @@ def to_pictures(images):
     return [Image.fromarray(array) for array in pixels.contiguous().cpu().numpy()]
 
 
-def in_threads(function, *items, threads=None):
-    """[*map(function, *items)], computed in threads: PIL lets other threads run while it resizes."""
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(function, *items))
-
-
-def in_batches(score, size):
-    """Makes a reward of (PIL pictures, prompts, ...) -> scores, for `batch` pictures at a time."""
-
-    @wraps(score)
-    def reward(images, prompts, *args, batch=size, **kwargs):
-        parts = [slice(n, n + batch) for n in range(0, len(prompts), batch)]
-        scores = [score(to_pictures(images[part]), prompts[part], *args, **kwargs) for part in parts]
-        return torch.cat([torch.as_tensor(part, dtype=torch.float32, device="cpu") for part in scores])
-
-    return reward
+def batches(images, prompts, size):
+    """Yields (PIL pictures, prompts) of `size` images at a time."""
+    for n in range(0, len(prompts), size):
+        yield to_pictures(images[n : n + size]), prompts[n : n + size]
 
 
 # -------------------------------------------------------- JPEG size [DDPO, arXiv 2305.13301, section 5.1]
@@ -83,13 +72,13 @@ LOADED = {}  # (loader's name, device, source, ...) -> (module, ...)
 
 
 def loaded(load, *sources, device=None):
-    """What load(*sources, device) returns, (module, ...): loaded once, and moved to its device."""
+    """What load(*sources, device) returns, (module, ...). It is loaded once; the module is on its device."""
     device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     key = (load.__name__, device, *sources)
     if key not in LOADED:
         try:
             LOADED[key] = load(*sources, device)
-        except torch.OutOfMemoryError:
+        except (ImportError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             fail(f"cannot load {sources[0]} for a reward: {type(error).__name__}: {error}")
@@ -97,10 +86,10 @@ def loaded(load, *sources, device=None):
     return LOADED[key]
 
 
-def frozen(model, device, half=torch.float16):
-    """The model for scoring: no gradients, no dropout, on its device, in half precision on CUDA."""
-    cuda = torch.device(device).type == "cuda"
-    return model.eval().requires_grad_(False).to(device, half if cuda else torch.float32)
+def frozen(model, device, on_cuda=torch.float16):
+    """The model for scoring: no gradients, no dropout, on its device; float32, or `on_cuda` on CUDA."""
+    dtype = on_cuda if torch.device(device).type == "cuda" else torch.float32
+    return model.eval().requires_grad_(False).to(device, dtype)
 
 
 def load_pretrained(kind, source, **options):
@@ -108,19 +97,19 @@ def load_pretrained(kind, source, **options):
     transformers.logging.set_verbosity_error()  # its warning about missing weights becomes an error here
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = kind.from_pretrained(source, **options)
-    lacking = set(info["missing_keys"])
+    missing = set(info["missing_keys"])
     for key in info["mismatched_keys"]:
-        lacking.add(key if isinstance(key, str) else key[0])  # transformers 5 adds the shapes
-    lacking &= {name for name, _ in model.named_parameters()}  # not buffers, such as a loss has
-    if lacking:
-        raise ValueError(f"it has no weights for {min(lacking)} and {len(lacking) - 1} more")
+        missing.add(key if isinstance(key, str) else key[0])  # transformers 5 adds the shapes
+    missing &= {name for name, _ in model.named_parameters()}  # not buffers, such as a loss has
+    if missing:
+        raise ValueError(f"it has no weights for {min(missing)} and {len(missing) - 1} more")
     return model
 
 
 def load_processor(kind, source):
     """An image processor that resizes with PIL; `kind` is its class in transformers 4, named ...Pil in 5."""
-    kind += "Pil" if hasattr(transformers, f"{kind}Pil") else ""
-    return getattr(transformers, kind).from_pretrained(source)
+    kind = getattr(transformers, f"{kind}Pil", None) or getattr(transformers, kind)
+    return kind.from_pretrained(source)
 
 
 def load_weights(source, name):
@@ -165,21 +154,24 @@ def embed_texts(texts, model, tokenizer):
 
 def embed_pictures(pictures, model, processor):
     """Normalised CLIP embeddings (N, D) float32 of PIL pictures of any size."""
-    pixels = in_threads(lambda picture: processor(picture, return_tensors="pt")["pixel_values"], pictures)
-    return normalised(model.get_image_features(torch.cat(pixels).to(model.device, model.dtype)))
+    pixels = processor(pictures, return_tensors="pt")["pixel_values"]
+    return normalised(model.get_image_features(pixels.to(model.device, model.dtype)))
 
 
-@partial(in_batches, size=16)
-def clipscore(pictures, prompts, model=CLIP, device=None):
+def clipscore(images, prompts, model=CLIP, device=None, batch=16):
     """Cosine of image and prompt in CLIP, about 0.1 to 0.35 (CLIPScore, arXiv 2104.08718, unscaled)."""
     clip, tokenizer, processor, _ = loaded(load_clip, model, device=device)
-    return (embed_pictures(pictures, clip, processor) * embed_texts(prompts, clip, tokenizer)).sum(1)
+    scores = []
+    for pictures, texts in batches(images, prompts, batch):
+        cosine = embed_pictures(pictures, clip, processor) * embed_texts(texts, clip, tokenizer)
+        scores.append(cosine.sum(1).cpu())
+    return torch.cat(scores)
 
 
 def pickscore(images, prompts, model=PICKSCORE, device=None, batch=16):
     """PickScore v1 (arXiv 2305.01569): scaled cosine in its CLIP-H, about 20; divided by 26 as in [FG]."""
     *_, scale = loaded(load_clip, model, device=device)
-    return clipscore(images, prompts, model, device, batch=batch) * scale / 26
+    return clipscore(images, prompts, model, device, batch) * scale / 26
 
 
 def load_aesthetic(source, device):
@@ -193,12 +185,14 @@ def load_aesthetic(source, device):
     return (frozen(network, device, torch.float32),)
 
 
-@partial(in_batches, size=16)
-def aesthetic(pictures, prompts, model="trl-lib/ddpo-aesthetic-predictor", clip=CLIP, device=None):
+def aesthetic(images, prompts, model="trl-lib/ddpo-aesthetic-predictor", clip=CLIP, device=None, batch=16):
     """LAION's aesthetic predictor v2 on CLIP L/14, about 1 to 10. Ignores prompts. model: also a file."""
     (network,) = loaded(load_aesthetic, model, device=device)
     clip, _, processor, _ = loaded(load_clip, clip, device=device)
-    return network(embed_pictures(pictures, clip, processor))[:, 0]
+    scores = []
+    for pictures, _ in batches(images, prompts, batch):
+        scores.append(network(embed_pictures(pictures, clip, processor))[:, 0].cpu())
+    return torch.cat(scores)
 
 
 OPEN_CLIP = (  # what to replace in the names of open_clip's weights, in this order
@@ -246,21 +240,27 @@ def pad_to_square(picture, size):
     return square
 
 
-@partial(in_batches, size=16)
-def hpsv2(pictures, prompts, model="xswu/HPSv2", base=CLIP_H, device=None):
+def hpsv2(images, prompts, model="xswu/HPSv2", base=CLIP_H, device=None, batch=16):
     """HPS v2.1 (arXiv 2306.09341): cosine in its CLIP-H, about 0.2 to 0.35, 77 tokens. model: also a file."""
     clip, tokenizer, processor, _ = loaded(load_hpsv2, model, base, device=device)
-    squares = [pad_to_square(picture, clip.config.vision_config.image_size) for picture in pictures]
-    return (embed_pictures(squares, clip, processor) * embed_texts(prompts, clip, tokenizer)).sum(1)
+    size, scores = clip.config.vision_config.image_size, []
+    for pictures, texts in batches(images, prompts, batch):
+        squares = [pad_to_square(picture, size) for picture in pictures]
+        cosine = embed_pictures(squares, clip, processor) * embed_texts(texts, clip, tokenizer)
+        scores.append(cosine.sum(1).cpu())
+    return torch.cat(scores)
 
 
 # -------------------------------------------------------- hpsv3, a head on Qwen2-VL [arXiv 2508.03789]
 def load_hpsv3(source, base, device):
     """HPSv3.safetensors in Qwen2-VL: (model and head, tokenizer, image processor, text around a prompt)."""
     # the texts are read from the source of the authors' package, which needs transformers 4.45 to be imported
-    file = Path(importlib.util.find_spec("hpsv3").origin).parent / "dataset" / "data_collator_qwen.py"
-    assignments = [node for node in ast.parse(file.read_text("utf-8")).body if isinstance(node, ast.Assign)]
-    texts = {node.targets[0].id: ast.literal_eval(node.value) for node in assignments}
+    package = importlib.metadata.distribution("hpsv3")
+    code = package.locate_file("hpsv3/dataset/data_collator_qwen.py").read_text("utf-8")
+    texts = {}
+    for node in ast.parse(code).body:
+        if isinstance(node, ast.Assign):
+            texts[node.targets[0].id] = ast.literal_eval(node.value)
     tokenizer = transformers.AutoTokenizer.from_pretrained(base, padding_side="right")
     tokenizer.add_tokens("<|Reward|>", special_tokens=True)
     config = transformers.AutoConfig.from_pretrained(base)
@@ -271,10 +271,14 @@ def load_hpsv3(source, base, device):
     )  # fmt: skip
     weights = load_weights(source, "HPSv3.safetensors")
     del weights["lm_head.weight"]  # published, but not used
-    of_head = [name for name in weights if name.startswith("rm_head.")]
-    head.load_state_dict({name.removeprefix("rm_head."): weights.pop(name) for name in of_head})
-    weights = {re.sub("^model[.]", "language_model.", name): value for name, value in weights.items()}
-    model = load_pretrained(transformers.Qwen2VLModel, None, config=config, state_dict=weights)
+    of_head, of_model = {}, {}
+    for name, value in weights.items():
+        if name.startswith("rm_head."):
+            of_head[name.removeprefix("rm_head.")] = value
+        else:
+            of_model[re.sub("^model[.]", "language_model.", name)] = value
+    head.load_state_dict(of_head)
+    model = load_pretrained(transformers.Qwen2VLModel, None, config=config, state_dict=of_model)
     # all in bfloat16, as in the authors' code, which rounds the rotary embedding's frequencies too
     model = frozen(model.to(torch.bfloat16), device, torch.bfloat16)
     both = torch.nn.ModuleList([model, frozen(head, device, torch.float32)])
@@ -282,25 +286,28 @@ def load_hpsv3(source, base, device):
     return both, tokenizer, processor, (texts["INSTRUCTION"], texts["prompt_with_special_token"])
 
 
-@partial(in_batches, size=8)
-def hpsv3(pictures, prompts, model="MizzenAI/HPSv3", base="Qwen/Qwen2-VL-7B-Instruct", device=None):
+def hpsv3(images, prompts, model="MizzenAI/HPSv3", base="Qwen/Qwen2-VL-7B-Instruct", device=None, batch=8):
     """HPSv3, about 0 to 15, as in the package hpsv3 1.0.0: the predicted mean. model: may also be a file."""
     (model, head), tokenizer, processor, (before, after) = loaded(load_hpsv3, model, base, device=device)
-    area = 256 * 28 * 28  # pixels
-    inputs = processor(pictures, size={"shortest_edge": area, "longest_edge": area}, return_tensors="pt")
-    texts = [{"type": "text", "text": before.format(text_prompt=prompt) + after} for prompt in prompts]
-    messages = [[{"role": "user", "content": [{"type": "image"}, text]}] for text in texts]
-    chats = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    sizes = inputs["image_grid_thw"].prod(1) // processor.merge_size**2  # tokens of each picture
-    chats = [c.replace("<|image_pad|>", "<|image_pad|>" * n, 1) for c, n in zip(chats, sizes.tolist())]
-    inputs.update(tokenizer(chats, padding=True, return_tensors="pt"))
-    ids = inputs.to(model.device)["input_ids"]
-    # the authors' code numbers all tokens one by one, whereas Qwen2-VL gives those of a picture three axes
-    positions = torch.arange(ids.shape[1], device=ids.device).expand(3, *ids.shape)
-    hidden = model(**inputs, position_ids=positions, use_cache=False).last_hidden_state
-    marked = ids == tokenizer.convert_tokens_to_ids("<|Reward|>")
-    last = [row.nonzero()[-1].item() for row in marked]  # a prompt may contain one too
-    return head(hidden[range(len(ids)), last].float())[:, 0]
+    area, scores = 256 * 28 * 28, []  # in pixels
+    for pictures, texts in batches(images, prompts, batch):
+        inputs = processor(pictures, size={"shortest_edge": area, "longest_edge": area}, return_tensors="pt")
+        tokens = inputs["image_grid_thw"].prod(1) // processor.merge_size**2  # of each picture
+        chats = []
+        for text, n in zip(texts, tokens.tolist()):
+            content = [{"type": "image"}, {"type": "text", "text": before.format(text_prompt=text) + after}]
+            message = {"role": "user", "content": content}
+            chat = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+            chats.append(chat.replace("<|image_pad|>", "<|image_pad|>" * n, 1))
+        inputs.update(tokenizer(chats, padding=True, return_tensors="pt"))
+        ids = inputs.to(model.device)["input_ids"]
+        # the authors' code numbers all tokens one by one; Qwen2-VL would give those of a picture three axes
+        positions = torch.arange(ids.shape[1], device=ids.device).expand(3, *ids.shape)
+        hidden = model(**inputs, position_ids=positions, use_cache=False).last_hidden_state
+        marked = ids == tokenizer.convert_tokens_to_ids("<|Reward|>")
+        last = [row.nonzero()[-1].item() for row in marked]  # a prompt may contain one too
+        scores.append(head(hidden[range(len(ids)), last].float())[:, 0].cpu())
+    return torch.cat(scores)
 
 
 # -------------------------------------------------------- ocr, text in pictures [FG] section 4.1
@@ -349,7 +356,6 @@ def ocr(images, prompts):
 
 
 ocr.reads = quoted_text
-ocr.needs = "rapidocr"
 
 
 # -------------------------------------------------------- geneval: objects, counts, colours, positions [GE]
@@ -364,7 +370,7 @@ COCO = (  # GenEval's names of its 80 classes, in its order
     "scissors,teddy bear,hair drier,toothbrush"
 ).split(",")
 GENEVAL_COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-GENEVAL_NUMBERS = dict(zip("two three four five six seven eight nine ten".split(), range(2, 11)))
+GENEVAL_NUMBERS = dict(two=2, three=3, four=4, five=5, six=6, seven=7, eight=8, nine=9, ten=10)
 GENEVAL_RELATIONS = ("left of", "right of", "above", "below")
 _PLURALS = {name + ending: name for name in COCO for ending in ("", "s", "es")}  # GenEval has "two knifes"
 _PLURALS |= {"people": "person", "knives": "knife", "computer mice": "computer mouse"}
@@ -399,8 +405,11 @@ def parse_geneval(prompt):
 
 def keep_objects(found, counting):
     """{name: [Found]} with a score over 0.3 (0.9 if counting), 16 at most per name, highest first [GE]."""
-    sure = sorted((f for f in found if f.score > (0.9 if counting else 0.3)), key=lambda f: -f.score)
-    return {thing.name: [other for other in sure if other.name == thing.name][:16] for thing in sure}
+    objects = {}
+    for thing in sorted(found, key=lambda thing: -thing.score):
+        if thing.score > (0.9 if counting else 0.3):
+            objects.setdefault(thing.name, []).append(thing)
+    return {name: things[:16] for name, things in objects.items()}
 
 
 def relations(a, b, margin=0.1):
@@ -490,8 +499,7 @@ def find_colours(picture, things, clip, tokenizer, processor, _):
     return [thing._replace(colour=GENEVAL_COLOURS[n]) for thing, n in zip(things, best.tolist())]
 
 
-@partial(in_batches, size=8)
-def geneval(pictures, prompts, model=DETECTOR, clip=CLIP, size=800, device=None, verdict=judge):
+def geneval(images, prompts, model=DETECTOR, clip=CLIP, size=800, device=None, batch=8, verdict=judge):
     """GenEval: 1.0 if the image shows the objects, number, colours and positions of its prompt, else 0.0.
 
     Mask2Former with Swin-S finds objects (GenEval has the same network, trained by mmdet), CLIP L/14 colours.
@@ -499,27 +507,33 @@ def geneval(pictures, prompts, model=DETECTOR, clip=CLIP, size=800, device=None,
     """
     detector, processor = loaded(load_detector, model, device=device)
     clip = loaded(load_clip, clip, device=device)
-    options = {"size": {"shortest_edge": size, "longest_edge": size * 1333 // 800}, "return_tensors": "pt"}
-    pixels = in_threads(lambda picture: processor(picture, **options)["pixel_values"], pictures)
-    outputs = detector(torch.cat(pixels).to(detector.device))
-    outputs = outputs.class_queries_logits, outputs.masks_queries_logits
+    edges = {"shortest_edge": size, "longest_edge": size * 1333 // 800}
     scores = []
-    for picture, prompt, classes, masks in zip(pictures, prompts, *outputs):
-        wants = parse_geneval(prompt)
-        found = instances(classes, masks, picture.size[::-1])
-        objects = keep_objects(found, any(want.exact for want in wants))
-        for want in wants:
-            things = objects.get(want.name, [])
-            if want.colour and things:
-                coloured = find_colours(picture, things[: want.count], *clip)
-                objects[want.name] = coloured + things[want.count :]
-        scores.append(verdict(wants, objects))
-    return scores
+    for pictures, texts in batches(images, prompts, batch):
+        with ThreadPoolExecutor() as pool:  # PIL lets other threads run while it resizes
+            inputs = pool.map(lambda picture: processor(picture, size=edges, return_tensors="pt"), pictures)
+            pixels = torch.cat([each["pixel_values"] for each in inputs])
+        outputs = detector(pixels.to(detector.device))
+        outputs = outputs.class_queries_logits, outputs.masks_queries_logits
+        for picture, text, class_logits, mask_logits in zip(pictures, texts, *outputs):
+            wants = parse_geneval(text)
+            found = instances(class_logits, mask_logits, picture.size[::-1])
+            objects = keep_objects(found, any(want.exact for want in wants))
+            for want in wants:
+                things = objects.get(want.name, [])
+                if want.colour and things:
+                    coloured = find_colours(picture, things[: want.count], *clip)
+                    objects[want.name] = coloured + things[want.count :]
+            scores.append(verdict(wants, objects))
+    return torch.tensor(scores)
 
 
-geneval.reads = parse_geneval
-geneval.needs = "scipy"
-geneval_graded = update_wrapper(partial(geneval, verdict=judge_graded), geneval)
+def geneval_graded(images, prompts, model=DETECTOR, clip=CLIP, size=800, device=None, batch=8):
+    """geneval by degrees, as [FG] trains on it: see judge_graded."""
+    return geneval(images, prompts, model, clip, size, device, batch, judge_graded)
+
+
+geneval.reads = geneval_graded.reads = parse_geneval
 
 
 # -------------------------------------------------------- vlm, a vision-language model behind a server
@@ -527,8 +541,8 @@ QUESTION = (
     'This picture was made for the text: "{prompt}". How well does it show what the text says, and how good '
     'does it look? Answer from 0 (not at all) to 10 (perfect), as JSON: {"score": number}'
 )
-ANSWER = {"type": "object", "properties": {"score": {"type": "number"}}}
-ANSWER |= {"required": ["score"], "additionalProperties": False}
+ANSWER = dict(type="object", properties={"score": {"type": "number"}}, required=["score"])
+ANSWER["additionalProperties"] = False
 FORMAT = {"type": "json_schema", "json_schema": {"name": "score", "schema": ANSWER, "strict": True}}
 RETRIES = 5  # of a request that fails: about 15 seconds
 
@@ -537,9 +551,9 @@ def read_score(answer, scale):
     """The score from 0 to scale in a server's answer, or None: a refusal, other JSON, another number."""
     try:
         score = json.loads(answer.choices[0].message.content)["score"]
-        return score if 0 <= score <= scale else None
     except (AttributeError, LookupError, TypeError, ValueError):
         return None
+    return score if type(score) in (int, float) and 0 <= score <= scale else None
 
 
 def fill_in(scores, prompts):
@@ -580,27 +594,23 @@ def vlm(images, prompts, url, model=None, question=QUESTION, scale=10.0, timeout
         return score, answer
 
     try:
-        model = model or client.models.list().data[0].id
-        answers = in_threads(ask, to_pictures(images), prompts, threads=workers)
-    except openai.OpenAIError as error:
+        with client, ThreadPoolExecutor(workers) as pool:
+            model = model or client.models.list().data[0].id
+            answers = list(pool.map(ask, to_pictures(images), prompts))
+    except (openai.OpenAIError, json.JSONDecodeError) as error:
         fail(f"the server {url} gave no answer: {error} {error.__cause__ or ''}")
     scores = [score for score, _ in answers]
-    lacking = scores.count(None)
-    if lacking == len(scores):
+    count = scores.count(None)
+    if count == len(scores):
         fail(f"no answer of {url} has a score from 0 to {scale:g}; the last one: {str(answers[-1][1])[:500]}")
-    if lacking:
-        print(
-            f"vlm: no score for {lacking} of {len(scores)} images; each gets its prompt's mean of the others"
-        )
-    return torch.tensor(fill_in(scores, prompts)) / scale
+    if count:
+        print(f"vlm: no score for {count} of {len(scores)} images; each gets its prompt's mean of the others")
+    return torch.tensor([score / scale for score in fill_in(scores, prompts)])
 
 
 # -------------------------------------------------------- names and weighted sums
-# A function's attributes: reads(prompt) raises ValueError for a prompt that it cannot score (also of a reward
-# of your own); `needs` is a package that it imports, and INSTALL says what pip installs for it
-hpsv3.needs = "hpsv3"
-vlm.needs = "openai"
-INSTALL = dict(hpsv3="--no-deps hpsv3", openai="openai", rapidocr="rapidocr onnxruntime", scipy="scipy")
+# A reward may have an attribute `reads`, a function that raises ValueError for a prompt that it cannot score.
+INSTALL = dict(hpsv3="--no-deps hpsv3", openai="openai", rapidocr="rapidocr onnxruntime")  # module: for pip
 REWARDS = dict(
     shapes=f"{Path(__file__).resolve().parent}/tests/tiny/shapes.py:shapes", pickscore=pickscore,
     jpeg_compressibility=jpeg_compressibility, jpeg_incompressibility=jpeg_incompressibility,
@@ -620,9 +630,10 @@ class Reward:
     def load(self, prompts):
         """Check that all prompts can be read, load all models, and try them on two pictures of noise."""
         for name, function in self.functions.items():
-            for prompt in prompts if hasattr(function, "reads") else ():
+            if hasattr(function, "reads"):
                 try:
-                    function.reads(prompt)
+                    for prompt in prompts:
+                        function.reads(prompt)
                 except ValueError as error:
                     fail(f"the reward {name} cannot read a prompt: {error}")
         self(self.noise(2, 512), (prompts * 2)[:2])
@@ -674,28 +685,34 @@ class Reward:
 
 @cache
 def import_file(file):
-    """The module of a Python file. It, and processes that it starts, can import what is beside it."""
+    """The module of a Python file, which can import what is beside it.
+
+    New processes can import it too, unless it is named like another module, such as rewards.py.
+    """
     if str(file.parent) not in sys.path:
-        sys.path.insert(1, str(file.parent))  # not before our own folder
+        sys.path.append(str(file.parent))  # last: a file of yours named random.py must not hide Python's
     name = file.stem
     spec = importlib.util.find_spec(name) if "." not in name else None
-    if spec is None or spec.origin != str(file):  # another module has this name, so it gets one of its own
-        name = re.sub(r"\W", "_", str(file))
-        spec = importlib.util.spec_from_file_location(name, file)
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return importlib.import_module(name)
+    if spec and spec.origin == str(file):
+        return importlib.import_module(name)
+    name = re.sub(r"\W", "_", str(file))
+    spec = importlib.util.spec_from_file_location(name, file)
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 def find_in_file(name):
     """The function of FILE.py:FUNCTION."""
     file, _, attribute = name.rpartition(":")  # the last colon: C:\my_file.py has one too
     file = Path(os.path.expanduser(file)).resolve()
-    if file.suffix != ".py" or not os.path.isfile(file):
-        close = difflib.get_close_matches(name.partition(":")[0], REWARDS, n=1)
-        if close and ".py" not in name:
-            fail(f"there is no reward {name!r}; did you mean {close[0]!r}?")
+    if file.suffix != ".py":
+        similar = difflib.get_close_matches(name.partition(":")[0], REWARDS, n=1)
+        if similar:
+            fail(f"there is no reward {name!r}; did you mean {similar[0]!r}?")
         fail(f"there is no reward and no FILE.py:FUNCTION {name!r}; {GRAMMAR}")
+    if not file.is_file():
+        fail(f"there is no file {file} (a path cannot contain '=' or a comma)")
     function = getattr(import_file(file), attribute, None)
     if not callable(function):
         fail(f"there is no function {attribute} in {file}")
@@ -705,31 +722,35 @@ def find_in_file(name):
 def find_bundled(name, model, device):
     """The function of NAME or NAME:MODEL, with its model and device set."""
     function = REWARDS[name] if callable(REWARDS[name]) else find_in_file(REWARDS[name])
-    package = getattr(function, "needs", None)
-    if package and importlib.util.find_spec(package) is None:
-        fail(f"the reward {name} needs the package {package}; run: pip install {INSTALL[package]}")
     arguments = list(inspect.signature(function).parameters)[2:]  # after images and prompts
     if model and not arguments:
         fail(f"the reward {name} takes no model; write {name} instead of {name}:{model}")
     if function is vlm and not model:
         fail("the reward vlm needs a server; write vlm:URL")
-    options = {arguments[0]: os.path.expanduser(model)} if model else {}
+    options = {}
+    if model:
+        options[arguments[0]] = os.path.expanduser(model)
     if "device" in arguments:
         options["device"] = device
-    return update_wrapper(partial(function, **options), function)
+    return update_wrapper(partial(function, **options), function)  # which keeps its attribute `reads`
 
 
 def get_reward(spec, device=None, offload=False):
     """A Reward from a name or a weighted sum, "pickscore=0.7,my_file.py:my_function=0.3". Loads no model."""
     functions, weights = {}, {}
-    for text in spec.split(","):
-        match = re.fullmatch(r"([^=]+)(?:=([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?))?", text.strip())
-        weight = float(match[2] or 1) if match else 0.0
-        if not 0 < abs(weight) < 1e9:
-            fail(f"{text!r} has no name, or its weight is 0 or not a number; {GRAMMAR}")
-        kind, _, model = match[1].partition(":")
-        function = find_bundled(kind, model, device) if kind in REWARDS else find_in_file(match[1])
-        name = match[1] if kind in REWARDS else Path(match[1]).name  # without the file's folder
+    for part in spec.split(","):
+        text, equals, number = part.strip().partition("=")
+        try:
+            weight = float(number) if equals else 1.0
+        except ValueError:
+            weight = math.nan
+        if not text or not 0 < abs(weight) < 1e9:
+            fail(f"{part!r} has no name, or its weight is 0 or not a number; {GRAMMAR}")
+        name, _, model = text.partition(":")
+        if name in REWARDS:
+            function, name = find_bundled(name, model, device), text
+        else:
+            function, name = find_in_file(text), Path(text).name  # without the file's folder
         if name in weights:
             fail(f"two parts of the reward are named {name!r}; {GRAMMAR}")
         functions[name], weights[name] = function, weight

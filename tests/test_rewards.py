@@ -66,8 +66,8 @@ def test_jpeg_is_the_size_that_pil_writes(height, width):
         file = io.BytesIO()
         Image.fromarray(pixels, "RGB").save(file, "JPEG", quality=95)
         sizes.append(len(file.getvalue()) / 1000)
-    assert rewards.jpeg_incompressibility(images, [""] * 4).tolist() == pytest.approx(sizes)
-    assert rewards.jpeg_compressibility(images, [""] * 4).tolist() == pytest.approx([-size for size in sizes])
+    assert torch.equal(rewards.jpeg_incompressibility(images, [""] * 4), torch.tensor(sizes))
+    assert torch.equal(rewards.jpeg_compressibility(images, [""] * 4), -torch.tensor(sizes))
 
 
 def test_shapes_knows_a_true_picture_from_a_wrong_one():
@@ -135,7 +135,7 @@ def test_a_sum_is_weighted_and_its_parts_are_raw():
     assert list(parts) == ["jpeg_compressibility", "jpeg_incompressibility"]
     assert torch.equal(parts["jpeg_compressibility"], -size)
     assert torch.equal(parts["jpeg_incompressibility"], size)
-    assert torch.allclose(total, -0.25 * size - 2 * size)
+    assert torch.allclose(total, -2.25 * size, rtol=1e-6)  # three roundings of float32, 6e-8 each
     assert total.dtype == torch.float32 and total.device.type == "cpu"
 
 
@@ -154,7 +154,7 @@ UNREADABLE = ["run=3/rew.py:f", "run=3/rew.py:f=0.5", "a,b/rew.py:f", "shapes,b/
         ("shapes=nan", "number"),
         ("shapes:model", "shapes takes no model"),
         ("jpeg_compressibility:model", "takes no model"),
-        ("no_file.py:f", "no FILE.py:FUNCTION 'no_file.py:f'"),
+        ("no_file.py:f", "there is no file /.*/no_file.py"),
         ("vlm", "vlm needs a server; write vlm:URL"),
         ("file.py", "FILE.py:FUNCTION"),
         *((spec, "a path cannot contain '=' or a comma") for spec in UNREADABLE),
@@ -165,22 +165,21 @@ def test_a_wrong_spec(spec, words):
         get_reward(spec)
 
 
-NEEDS = [("ocr", "rapidocr"), ("geneval", "scipy"), ("geneval_graded", "scipy"), ("vlm:http://x", "openai")]
+MISSING = [("ocr", "rapidocr", "rapidocr onnxruntime"), ("vlm:http://127.0.0.1:1", "openai", "openai")]
 
 
-@pytest.mark.parametrize("name, package", NEEDS)
-def test_a_missing_package_is_named_with_its_install_command(name, package, monkeypatch):
-    monkeypatch.setattr(rewards.importlib.util, "find_spec", lambda module: None)
-    kind = name.split(":")[0]
-    with pytest.raises(SystemExit, match=f"{kind} needs the package {package}; run: pip install {package}"):
-        get_reward(f"jpeg_compressibility=0.5,{name}=0.5")
+@pytest.mark.parametrize("name,package,install", MISSING)
+def test_a_missing_package_is_told_with_its_install_command(name, package, install, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    rewards.load_ocr.cache_clear()
+    told = failure(get_reward(name), noise(1), ['a sign that says "one"'])
+    assert "ModuleNotFoundError" in told and told.endswith(f"\npip install {install}\n")
 
 
-def test_a_package_that_a_reward_of_your_own_lacks_is_told_as_python_does(register, monkeypatch):
-    monkeypatch.setitem(sys.modules, "openai", None)  # as if it were not installed
-    register("mine", lambda images, prompts: rewards.vlm(images, prompts, "http://127.0.0.1:1/v1"))
-    told = failure(get_reward("mine"), noise(1), ["one"])
-    assert "ModuleNotFoundError" in told and told.endswith("\npip install openai\n")
+def test_the_package_of_hpsv3_is_told_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr(sys, "path", [])  # where it may be installed
+    told = failure(get_reward("hpsv3"), noise(1), ["one"])
+    assert "PackageNotFoundError" in told and told.endswith("\npip install --no-deps hpsv3\n")
 
 
 # ---------------------------------------------------------------- what a reward may do, and how it may fail
@@ -197,6 +196,7 @@ RAISES = [
     (lambda images: 0, "TypeError"),
     (type("Scorer", (), {"__call__": lambda self, images, prompts: torch.ones(2)}), "TypeError: Scorer"),
     (type("Scorer", (), {"__init__": lambda self, images, prompts: None}), "Scorer"),
+    (lambda images, prompts: torch.ones(10**14), "DefaultCPUAllocator"),  # common.py looks for this word
 ]
 
 
@@ -226,15 +226,6 @@ def test_a_traceback_shows_the_line_of_the_reward(write):
     told = failure(get_reward(f"{file}:f"), noise(1), ["one"])
     assert f'File "{file}", line 2, in f\n    return no_such_name' in told
     assert "in the reward rew.py:f, with 1 images" in told
-
-
-def test_out_of_memory_is_left_to_the_caller(register):
-    def fails(images, prompts):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    register("mine", fails)
-    with pytest.raises(torch.OutOfMemoryError):
-        get_reward("mine")(noise(1), ["one"])
 
 
 def test_images_that_are_not_finite_are_not_scored():
@@ -309,28 +300,17 @@ def test_loading_reads_every_prompt_and_then_scores_two_pictures(register):
 # ---------------------------------------------------------------- the self-check
 
 
-def check(reward, images, prompts):
-    return reward.self_check(prompts, reward(images, prompts)[1], 24)
-
-
 def test_self_check_compares_with_noise(register):
+    """A strict reward may be 0 for all pictures of the base model's evaluation and still be learned."""
     register("bright", lambda images, prompts: images.mean((1, 2, 3)))
-    reward = get_reward("bright=0.1,jpeg_incompressibility")
-    images = 0.85 + 0.1 * noise(5)
-    bright, size = check(reward, images, list("abcde"))
+    register("strict", lambda images, prompts: [0.0] * len(prompts))
+    reward, prompts = get_reward("bright=0.1,jpeg_incompressibility,strict"), list("abcde")
+    bright, size, strict = reward.self_check(prompts, reward(0.85 + 0.1 * noise(5), prompts)[1], 24)
     assert re.fullmatch(
         r"reward bright: 0[.](9|89)\d* for images, 0[.][45]\d* for noise; the images score higher", bright
     )
-    assert size.startswith("reward jpeg_incompressibility: ") and size.endswith(
-        "the images do not score higher"
-    )
-
-
-def test_self_check_never_stops_a_run(register):
-    """A strict reward may be 0 for all pictures of the base model's evaluation and still be learned."""
-    register("strict", lambda images, prompts: [0.0] * len(prompts))
-    (line,) = check(get_reward("strict"), noise(8), list("abcdefgh"))
-    assert line.startswith("reward strict: 0 for images, 0 for noise; all images score the same")
+    assert size.startswith("reward jpeg_inc") and size.endswith("the images do not score higher")
+    assert strict.startswith("reward strict: 0 for images, 0 for noise; all images score the same")
 
 
 # ---------------------------------------------------------------- a reward of your own
@@ -347,7 +327,7 @@ def test_own_function(write, monkeypatch, tmp_path):
     images = noise(4)
     total, parts = get_reward(f"{file}:redness=2,jpeg_compressibility")(images, list("abcd"))
     naive = [float(i[0].mean() - (i[1].mean() + i[2].mean()) / 2) for i in images]
-    naive = pytest.approx(naive, abs=1e-6)
+    naive = pytest.approx(naive, abs=1e-6)  # float32 means of 576 numbers up to 1: some 1e-7
     assert parts["my_file.py:redness"].tolist() == naive  # named without its folder
     assert torch.allclose(total, 2 * parts["my_file.py:redness"] + parts["jpeg_compressibility"])
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -362,13 +342,6 @@ def test_a_file_imports_what_is_beside_it_when_it_is_loaded_and_when_it_runs(wri
     text = "from helper_one import one\ndef f(images, prompts):\n    from helper_two import two\n"
     file = write("beside/rew.py", text + "    return [one() + two()] * len(prompts)\n")
     assert get_reward(f"{file}:f")(noise(2), ["a", "b"])[0].tolist() == [3, 3]
-
-
-def test_two_functions_of_a_file_share_what_it_has_loaded(write):
-    text = "calls = [0]\ndef a(images, prompts):\n    calls.append(0)\n    return [len(calls)]\n"
-    file = write("shared.py", text + "b = a\n")
-    _, parts = get_reward(f"{file}:a,{file}:b")(noise(1), ["x"])
-    assert [scores.item() for scores in parts.values()] == [2, 3]
 
 
 POOL = """
@@ -404,11 +377,12 @@ def test_a_file_may_have_any_name(name, write):
     assert rewards is sys.modules["rewards"]
 
 
-def test_two_files_of_one_name(write):
-    text = "def {}(images, prompts):\n    return [{}]\n"
-    one, two = write("one/score.py", text.format("f", 1)), write("two/score.py", text.format("g", 2))
-    assert get_reward(f"{one}:f,{two}:g")(noise(1), ["x"])[0].item() == 3
-    three = write("three/score.py", text.format("f", 3))
+def test_files_of_one_name_and_functions_of_one_file(write):
+    text = "calls = []\ndef {0}(images, prompts):\n    calls.append(0)\n    return [len(calls)]\n{0}2 = {0}\n"
+    one, two, three = (write(f"{name}/score.py", text.format(name)) for name in "fgh")
+    _, parts = get_reward(f"{one}:f,{two}:g,{two}:g2")(noise(1), ["x"])
+    assert [scores.item() for scores in parts.values()] == [1, 1, 2]  # those of a file share what it holds
+    three.write_text(text.format("f"))
     with pytest.raises(SystemExit, match=r"two parts of the reward are named 'score\.py:f'"):
         get_reward(f"{one}:f,{three}:f")
 
@@ -422,24 +396,20 @@ def test_the_function_is_after_the_last_colon(write, monkeypatch, tmp_path):
 SCORER = "class Scorer:\n    def __call__(self, images, prompts):\n        return [0, 0]\nredness = Scorer"
 
 
-@pytest.mark.parametrize("text", ["number = 3", "redness = 3"])
-def test_a_file_without_the_function(text, write):
-    file = write("my_file.py", text)
-    with pytest.raises(SystemExit, match=f"error: there is no function redness in {file}"):
-        get_reward(f"{file}:redness")
-
-
 @pytest.mark.parametrize(
     "text,words",
     [
+        ("number = 3", "SystemExit: error: there is no function redness in /.*/my_file.py"),
+        ("redness = 3", "SystemExit: error: there is no function redness in /.*/my_file.py"),
         ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
         ("def redness(:", "SyntaxError"),
-        (SCORER, "TypeError: Scorer() takes no arguments"),  # a class in place of an object
+        (SCORER, "TypeError: Scorer.. takes no arguments"),  # a class in place of an object
     ],
 )
 def test_errors_of_an_own_file(text, words, write):
-    file = write("my_file.py", text)
-    assert words in failure(lambda: get_reward(f"{file}:redness").load(["a"]))
+    with pytest.raises((Exception, SystemExit)) as error:
+        get_reward(f"{write('my_file.py', text)}:redness").load(["a"])
+    assert re.search(words, "".join(traceback.format_exception(error.value)))
 
 
 def test_an_object_is_a_reward_too(write):

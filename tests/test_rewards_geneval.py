@@ -51,18 +51,16 @@ def test_the_parser_reads_what_the_six_templates_make():
         assert [tuple(want) for want in parse_geneval(prompt)] == wants, prompt
 
 
+def names(prompt):
+    return [want.name for want in parse_geneval(prompt)]
+
+
 def test_the_parser_reads_every_name_in_every_place():
     assert len(COCO) == len(set(COCO)) == 80
     for name, other in zip(COCO, COCO[1:] + COCO[:1]):
         assert parse_geneval(f"a photo of three {plural(name)}")[0][:2] == (name, 3)
-        assert [w.name for w in parse_geneval(f"a photo of {article(name)} and {article(other)}")] == [
-            name,
-            other,
-        ]
-        assert [w.name for w in parse_geneval(f"a photo of {article(name)} below {article(other)}")] == [
-            other,
-            name,
-        ]
+        assert names(f"a photo of {article(name)} and {article(other)}") == [name, other]
+        assert names(f"a photo of {article(name)} below {article(other)}") == [other, name]
         for colour in GENEVAL_COLOURS:
             assert parse_geneval(f"a photo of {article(colour)} {name}") == [(name, 1, False, colour, None)]
 
@@ -82,11 +80,10 @@ def test_the_parser_takes_english_plurals_capitals_and_a_full_stop():
         "a photo of a red dog left of a blue cat", "a photo of a dog and a cat and a cow",
     ],
 )  # fmt: skip
-def test_other_prompts_are_refused_with_the_templates(prompt, monkeypatch):
+def test_other_prompts_are_refused_with_the_templates(prompt):
     with pytest.raises(ValueError, match="a photo of two dogs"):
         parse_geneval(prompt)
     for name in ("geneval", "geneval_graded"):
-        monkeypatch.setattr(rewards.importlib.util, "find_spec", lambda module: True)
         with pytest.raises(SystemExit, match=f"error: the reward {name} cannot read.*{prompt!r}"):
             rewards.get_reward(name).load(["a photo of a dog", prompt])
 
@@ -140,15 +137,13 @@ def thing(name, score=0.95, box=(0, 0, 10, 10), colour=None):
     return Found(name, score, box, None, colour)
 
 
-def test_scores_must_be_over_the_threshold():
+@pytest.mark.parametrize(
+    "counting,kept", [(False, {"dog": [0.31], "cat": [0.91, 0.9]}), (True, {"cat": [0.91]})]
+)
+def test_scores_must_be_over_the_threshold(counting, kept):
     found = [thing("dog", 0.3), thing("dog", 0.31), thing("cat", 0.9), thing("cat", 0.91), thing("cow", 0.05)]
-    kept = keep_objects(found, counting=False)
-    assert {name: [t.score for t in things] for name, things in kept.items()} == {
-        "dog": [0.31],
-        "cat": [0.91, 0.9],
-    }
-    kept = keep_objects(found, counting=True)
-    assert {name: [t.score for t in things] for name, things in kept.items()} == {"cat": [0.91]}
+    objects = keep_objects(found, counting)
+    assert {name: [t.score for t in things] for name, things in objects.items()} == kept
 
 
 def test_at_most_16_of_a_class_and_the_highest_scores_first():
@@ -171,30 +166,26 @@ LEFT, RIGHT = (0, 40, 20, 60), (80, 40, 100, 60)
 def verdicts(prompt, *found):
     wants = parse_geneval(prompt)
     objects = keep_objects(found, any(want.exact for want in wants))
-    return judge(wants, objects), pytest.approx(judge_graded(wants, objects))
+    return judge(wants, objects), pytest.approx(judge_graded(wants, objects))  # sums of thirds, in float64
 
 
-def test_single_object():
-    prompt = "a photo of a dog"
-    assert verdicts(prompt, thing("dog")) == (1, 1)
-    assert verdicts(prompt, thing("dog"), thing("cat")) == (1, 1)
-    assert verdicts(prompt, thing("dog"), thing("dog")) == (
-        1,
-        0,
-    )  # enough for GenEval, not the number asked for
-    assert verdicts(prompt, thing("cat")) == (0, 0)
-    assert verdicts(prompt, thing("dog", 0.3)) == (0, 0)
-    assert verdicts(prompt) == (0, 0)
-    assert verdicts(prompt, *[thing("dog")] * 4) == (1, -2)
-
-
-def test_two_objects():
-    prompt = "a photo of a dog and a cat"
-    assert verdicts(prompt, thing("dog"), thing("cat")) == (1, 1)
-    assert verdicts(prompt, thing("dog", 0.31), thing("cat", 0.32)) == (1, 1)
-    assert verdicts(prompt, thing("dog")) == (0, 0.5)
-    assert verdicts(prompt, thing("dog"), thing("dog")) == (0, 0)
-    assert verdicts(prompt) == (0, 0)
+@pytest.mark.parametrize(
+    "found,one,two",  # verdicts on "a dog", and on "a dog and a cat"
+    [
+        ([("dog",)], (1, 1), (0, 0.5)),
+        ([("dog",), ("cat",)], (1, 1), (1, 1)),
+        ([("dog", 0.31), ("cat", 0.32)], (1, 1), (1, 1)),
+        ([("dog",), ("dog",)], (1, 0), (0, 0)),  # enough for GenEval, not the number asked for
+        ([("cat",)], (0, 0), (0, 0.5)),
+        ([("dog", 0.3)], (0, 0), (0, 0)),
+        ([], (0, 0), (0, 0)),
+        ([("dog",)] * 4, (1, -2), (0, -1)),
+    ],
+)
+def test_one_and_two_objects(found, one, two):
+    found = [thing(*each) for each in found]
+    assert verdicts("a photo of a dog", *found) == one
+    assert verdicts("a photo of a dog and a cat", *found) == two
 
 
 @pytest.mark.parametrize(
@@ -203,10 +194,8 @@ def test_two_objects():
 def test_counting(there, strict, graded):
     found = [thing("dog", 0.91 + n / 1000) for n in range(there)]
     assert verdicts("a photo of three dogs", *found) == (strict, graded)
-    assert verdicts("a photo of three dogs", *found, thing("dog", 0.9), thing("cat")) == (
-        strict,
-        graded,
-    )  # not counted
+    found += [thing("dog", 0.9), thing("cat")]  # not counted
+    assert verdicts("a photo of three dogs", *found) == (strict, graded)
 
 
 def test_colours():

@@ -37,6 +37,7 @@ from rewards import aesthetic, clipscore, geneval, get_reward, pickscore
 
 needs_scipy = pytest.mark.skipif(not find_spec("scipy"), reason="Mask2Former needs scipy")
 
+ROUNDING = 1e-5  # of float32 in these models: 1.2e-6 was the most that any CPU's instructions made
 PROMPTS = "a red car,a dog,two blue buses,nothing at all,a cat on a mat,a dog and a cat,snow".split(",")
 
 
@@ -111,7 +112,7 @@ def test_clipscore_is_the_cosine_of_pairs(clip_folder, size):
     images = pictures(7, *size)
     scores, _ = get_reward(f"clipscore:{clip_folder}")(images, PROMPTS)
     pairs = [naive_logits(clip_folder, image, prompt) for image, prompt in zip(images, PROMPTS)]
-    assert scores.tolist() == pytest.approx([logit / scale for logit, scale in pairs], abs=1e-5)
+    assert scores.tolist() == pytest.approx([logit / scale for logit, scale in pairs], abs=ROUNDING)
     assert scores.dtype == torch.float32 and scores.device.type == "cpu"
     assert scores.std() > 0.01 and scores.abs().max() <= 1
 
@@ -121,18 +122,18 @@ def test_pickscore_is_the_logit_over_26(clip_folder, monkeypatch):
     monkeypatch.setenv("HOME", clip_folder)
     scores, _ = get_reward("pickscore:~")(images, PROMPTS)
     naive = [naive_logits(clip_folder, image, prompt)[0] / 26 for image, prompt in zip(images, PROMPTS)]
-    assert scores.tolist() == pytest.approx(naive, abs=1e-5)
+    assert scores.tolist() == pytest.approx(naive, abs=ROUNDING)
 
 
 def test_batches_of_any_size_and_order_agree(clip_folder):
     images, prompts = pictures(), [*PROMPTS[:-1], "a much longer prompt than the others have"]
     together = clipscore(images, prompts, clip_folder)
     alone = torch.cat([clipscore(images[n : n + 1], prompts[n : n + 1], clip_folder) for n in range(7)])
-    assert torch.allclose(together, alone, atol=1e-5)
-    assert torch.allclose(together, clipscore(images, prompts, clip_folder, batch=3), atol=1e-5)
+    assert torch.allclose(together, alone, atol=ROUNDING)
+    assert torch.allclose(together, clipscore(images, prompts, clip_folder, batch=3), atol=ROUNDING)
     order = torch.tensor([3, 0, 6, 5, 1, 2, 4])
     moved = clipscore(images[order], [prompts[n] for n in order], clip_folder)
-    assert torch.allclose(moved, together[order], atol=1e-5)
+    assert torch.allclose(moved, together[order], atol=ROUNDING)
     assert not torch.allclose(clipscore(images[order], prompts, clip_folder), together, atol=1e-3)
 
 
@@ -140,9 +141,9 @@ def test_long_prompts_are_cut(clip_folder):
     images, long = pictures(2), "word " * 60
     scores = clipscore(images, [long, "a dog"], clip_folder)
     logit, scale = naive_logits(clip_folder, images[0], long)
-    assert scores[0].item() == pytest.approx(logit / scale, abs=1e-5)
+    assert scores[0].item() == pytest.approx(logit / scale, abs=ROUNDING)
     other_end = clipscore(images, [long + "and another end", "a dog"], clip_folder)
-    assert torch.allclose(scores, other_end, atol=1e-6)
+    assert torch.allclose(scores, other_end, atol=ROUNDING)
 
 
 def test_rewards_share_a_model_and_leave_the_images_alone(clip_folder):
@@ -186,7 +187,7 @@ def test_aesthetic_is_the_network_on_the_normalised_embedding(clip_folder, tmp_p
         x = x / np.sqrt((x**2).sum())
         for n in LAYERS:
             x = weights[f"layers.{n}.weight"].numpy() @ x + weights[f"layers.{n}.bias"].numpy()
-        assert score.item() == pytest.approx(float(x[0]), abs=1e-4)
+        assert score.item() == pytest.approx(float(x[0]), abs=ROUNDING)
     assert scores.std() > 1e-3
 
 
@@ -324,7 +325,7 @@ def float64():
 
 @pytest.mark.parametrize("eos", [None, 2])  # 2: what old CLIP repositories have, such as laion's
 def test_hpsv2_has_the_features_of_open_clip(original, clip_folder, eos, float64):
-    """The conversion is exact, so in float64 only rounding differs."""
+    """The conversion is exact, so in float64 only rounding differs: by 6e-15 at most."""
     config = CLIPConfig.from_pretrained(clip_folder)
     config.text_config.hidden_act = config.vision_config.hidden_act = "gelu"
     config.text_config.eos_token_id = eos or config.text_config.eos_token_id
@@ -338,7 +339,7 @@ def test_hpsv2_has_the_features_of_open_clip(original, clip_folder, eos, float64
         image, text = features(model.get_image_features(pixels)), features(model.get_text_features(**inputs))
         wanted = original.encode_image(pixels), original.encode_text(tokens_by_hand(clip_folder, texts))
     for got, want in zip((image, text), wanted):
-        assert want.std() > 1 and torch.allclose(got, want, rtol=0, atol=1e-11)
+        assert want.std() > 1 and torch.allclose(got, want, rtol=0, atol=1e-13)
     assert model.logit_scale.item() == original.logit_scale.item()
 
 
@@ -366,9 +367,9 @@ def test_hpsv2_is_the_cosine_in_open_clip(original, clip_folder, tmp_path, size)
         image = original.double().encode_image(pixels)
         text = original.encode_text(tokens_by_hand(clip_folder, PROMPTS))
     cosine = torch.nn.functional.cosine_similarity(image, text)
-    assert torch.allclose(scores.double(), cosine, rtol=0, atol=1e-5) and scores.std() > 0.01
+    assert torch.allclose(scores.double(), cosine, rtol=0, atol=ROUNDING) and scores.std() > 0.01
     file = reward(images, PROMPTS, str(tmp_path / "HPS_v2.1_compressed.pt"), batch=3)
-    assert torch.allclose(file, scores, rtol=0, atol=1e-5)
+    assert torch.allclose(file, scores, rtol=0, atol=ROUNDING)
 
 
 def test_a_checkpoint_of_hpsv2_that_lacks_something(original, clip_folder, tmp_path):
@@ -475,7 +476,7 @@ def test_instances_are_those_of_the_definition(detector_folder):
         outputs = detector_outputs(detector_folder, image)
         found, naive = rewards.instances(*outputs, (40, 56)), naive_instances(*outputs, (40, 56))
         assert [(f.name, f.box, int(f.mask.sum())) for f in found] == [(n[0], n[2], n[3]) for n in naive]
-        assert [f.score for f in found] == pytest.approx([n[1] for n in naive], abs=1e-4)
+        assert [f.score for f in found] == pytest.approx([n[1] for n in naive], abs=ROUNDING)
         total += len(found)
     assert total > 8
 
@@ -492,7 +493,7 @@ def test_geneval_end_to_end(clip_folder, detector_folder):
     prompts = [f"a photo of a {name}" for name in there]
     assert score(images, prompts).tolist() == [1] * 7
     counts = [sum(t[0] == name for t in things) for name, things in zip(there, found)]
-    assert graded(images, prompts).tolist() == pytest.approx([1 - abs(n - 1) for n in counts])
+    assert graded(images, prompts).tolist() == [1 - abs(n - 1) for n in counts]
     assert score(images, [f"a photo of a {absent}"] * 7).tolist() == [0] * 7
     assert score(images, [f"a photo of a {absent} and a {name}" for name in there]).sum() == 0
     numbers = {2: "two", 3: "three", 4: "four"}
@@ -561,7 +562,8 @@ def test_models_work_in_half_precision(clip_folder, monkeypatch, dtype):
     monkeypatch.setattr(rewards, "frozen", as_half)
     half = pickscore(pictures(), PROMPTS, clip_folder)
     assert half.dtype == torch.float32 and not torch.equal(half, full)
-    assert torch.allclose(half, full, atol=0.002 if dtype == torch.float16 else 0.03)
+    # a cosine of unit vectors: each component is rounded by up to eps / 2, which partly averages out
+    assert (half - full).abs().max() < torch.finfo(dtype).eps / 2 < full.std()
 
 
 @pytest.mark.parametrize("offload", [False, True])

@@ -47,6 +47,7 @@ def score(number):
     return 200, json.dumps({"score": number})
 
 
+# below, approx's 1e-6 of a score is for its rounding to float32, 6e-8
 # ---------------------------------------------------------------- what it asks
 
 
@@ -98,19 +99,10 @@ def test_requests_run_side_by_side(serve):
 
 # ---------------------------------------------------------------- answers without a score
 
-NONE = [
-    None,
-    "",
-    "I like it",
-    "8",
-    "[8]",
-    '{"score": "8"}',
-    '{"score": null}',
-    '{"points": 8}',
-    '{"score": 8',
-]
-NONE += ['{"score": 10.5}', '{"score": -1}', '{"score": NaN}', '{"score": Infinity}', '{"score": [8]}']
-NONE += [b"<html>", b'{"error": "busy"}', b'{"choices": []}', b'{"choices": [{"message": null}]}']
+NONE = [None, "", "I like it", "8", "[8]", '{"points": 8}', '{"score": 8', b"<html>", b'{"error": "busy"}']
+NONE += [b'{"choices": []}', b'{"choices": [{"message": null}]}']
+VALUES = ['"8"', "null", "true", "10.5", "-1", "NaN", "Infinity", "[8]", "1" + "0" * 5000]
+NONE += [f'{{"score": {value}}}' for value in VALUES]
 
 
 @needs_openai
@@ -216,6 +208,9 @@ def test_a_server_that_refuses_or_is_not_there(serve):
     server.models = 401
     with pytest.raises(SystemExit, match="gave no answer: Error code: 401"):
         vlm(grey(1), ["p"], server.url)
+    server = serve(lambda body: (200, b'{"choices": ['))  # cut by a proxy, for example
+    with pytest.raises(SystemExit, match="gave no answer: Expecting value"):
+        vlm(grey(1), ["p"], server.url)
     with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
         port = server.server_port  # free again below
     for url in (f"http://127.0.0.1:{port}/v1", "localhost"):
@@ -252,7 +247,7 @@ def test_edit_distance_is_that_of_the_definition():
     ],
 )  # fmt: skip
 def test_text_score(read, wanted, score):
-    assert rewards.text_score(read, wanted) == pytest.approx(score)
+    assert rewards.text_score(read, wanted) == pytest.approx(score)  # 1 - 1/3 is not 2/3 in float64
 
 
 @pytest.mark.parametrize(
@@ -266,11 +261,10 @@ def test_text_score(read, wanted, score):
         ("a sign", None), ('a "" sign', None), ('a " " sign', None), ('a "sign', None), ('a 6" board"', None),
     ],
 )  # fmt: skip
-def test_quoted_text(prompt, text, monkeypatch):
+def test_quoted_text(prompt, text):
     if text:
         assert rewards.quoted_text(prompt) == text
         return
-    monkeypatch.setattr(rewards.importlib.util, "find_spec", lambda module: True)
     with pytest.raises(SystemExit, match=r"error: the reward ocr cannot read a prompt: .*no quoted text"):
         get_reward("ocr").load(['a sign "yes"', prompt])
 
