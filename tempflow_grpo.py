@@ -12,6 +12,7 @@ A transition is one random step of the sampler. The notation and the sources in 
 common.py, the settings in Args, and the metrics in README.md.
 """
 
+import sys
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -316,4 +317,6 @@ def main(args):
 
 
 if __name__ == "__main__":
+    # TempFlow: for those who come from grpo.py
+    common.require("--group-size" not in " ".join(sys.argv), "there is no --group-size here; use --branches")
     common.run_script("tempflow_grpo", main, Args, DEFAULTS)
