@@ -199,7 +199,7 @@ def test_what_is_missing_or_damaged_is_not_replaced_by_a_new_run(finished, tmp_p
     renamed = state(damage("renamed"))
     renamed["lora"] = {name.replace("to_q", "to_query"): weight for name, weight in renamed["lora"].items()}
     torch.save(renamed, tmp_path / "renamed" / "checkpoint.pt")
-    for name, word in (("gone", "is missing"), ("foreign", "lines"), ("renamed", ".to_q")):
+    for name, word in (("gone", "No such file"), ("foreign", "lines"), ("renamed", ".to_q")):
         before = (tmp_path / name / "metrics.jsonl").read_bytes()
         message = run_main("grpo", "--resume", tmp_path / name, "--iterations", 3)
         assert message.startswith("error: ") and word in message and "start a new run" in message
