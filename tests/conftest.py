@@ -1,7 +1,4 @@
-"""What the tests share:
-
-the command line as a process, a script's main in this process, a policy in float64.
-"""
+"""What the tests share: a script as a process or in this process, its recorded loop, a policy in float64."""
 
 import contextlib
 import importlib
@@ -15,9 +12,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
-import torch
-from torch.utils._pytree import tree_flatten
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process per core; PyTorch reads it when it is imported
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from torch.utils._pytree import tree_flatten  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tiny"), str(ROOT / "tests")]
@@ -122,6 +121,13 @@ class DoublePolicy(common.Policy):
         self.dtype = torch.float64
         for part in (self.transformer, self.pipe.vae, *self.encoders):
             part.double()
+
+    def encode(self, *batches):
+        torch.set_default_dtype(torch.float64)  # or CLIP's mask overflows in transformers 4
+        try:
+            return super().encode(*batches)
+        finally:
+            torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture

@@ -35,15 +35,13 @@ def torchrun(logs, script, *arguments, within=600):
     file = script if script.endswith(".py") else str(ROOT / f"{script}.py")
     engine = "-m torch.distributed.run --standalone --nproc-per-node 2 --redirects 2 --log-dir".split()
     command = [sys.executable, *engine, *map(str, [logs, file, *arguments])]
-    more = {"capture_output": True, "text": True, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
-    done = subprocess.run(command, timeout=within, **more)
+    done = subprocess.run(command, timeout=within, capture_output=True, text=True)
     texts = [path.read_text() for path in sorted(logs.glob("*/attempt_0/?/stderr.log"))]
     errors = [[line for line in text.splitlines() if line.startswith("error: ")] for text in texts]
     return done.returncode, done.stdout, done.stderr, errors
 
 
 def one_process(script, folder, *arguments):
-    torch.set_num_threads(1)
     result = here(script, *arguments, "--output", folder)
     assert result.returncode == 0, result.stderr
 
