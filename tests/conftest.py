@@ -14,9 +14,9 @@ from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process per core; PyTorch reads it when it is imported
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from torch.utils._pytree import tree_flatten  # noqa: E402
+import pytest
+import torch
+from torch.utils._pytree import tree_flatten
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tiny"), str(ROOT / "tests")]
@@ -122,12 +122,21 @@ class DoublePolicy(common.Policy):
         for part in (self.transformer, self.pipe.vae, *self.encoders):
             part.double()
 
+    def draw_noise(self, *args):
+        return super().draw_noise(*args).double()
+
     def encode(self, *batches):
         torch.set_default_dtype(torch.float64)  # or CLIP's mask overflows in transformers 4
         try:
             return super().encode(*batches)
         finally:
             torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """What a test draws does not depend on the tests before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture

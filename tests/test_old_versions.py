@@ -1,4 +1,4 @@
-"""The packages of a year ago beside today's PyTorch, as in the environments that people copy the files into."""
+"""The packages of a year ago beside today's PyTorch: people copy files into environments that they have."""
 
 import os
 import subprocess
@@ -10,8 +10,8 @@ from conftest import ROOT, slow
 
 OLD = "diffusers==0.36.0 transformers==4.57.6 peft==0.18.1 accelerate==1.11.0 huggingface_hub==0.36.2"
 OLD += " tokenizers==0.22.2"
-NEEDED = "httpx httpcore h11 anyio sniffio idna certifi requests urllib3 charset_normalizer importlib_metadata"
-NEEDED += " zipp protobuf sentencepiece"
+NEEDED = "httpx httpcore h11 anyio sniffio idna certifi requests urllib3 charset_normalizer"
+NEEDED += " importlib_metadata zipp protobuf sentencepiece"
 TESTS = """
     test_sampler.py
     test_gradients.py
@@ -27,7 +27,7 @@ TESTS = """
 @slow
 def test_the_packages_of_a_year_ago(tmp_path):
     """Sampler, gradients, runs, a small SD3 in bfloat16, an iteration of each script and pickscore."""
-    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--retries", "1", "--target", tmp_path]
+    install = [sys.executable, *"-m pip install -q --no-deps --retries 1 --target".split(), tmp_path]
     done = subprocess.run([*install, *OLD.split(), *NEEDED.split()], capture_output=True, text=True)
     if "connection" in done.stderr.lower() or "No module named pip" in done.stderr:
         pytest.skip("no package can be installed here")
@@ -43,5 +43,6 @@ def test_the_packages_of_a_year_ago(tmp_path):
     show = [f"print('{name}==' + {name}.__version__, end=' ')" for name in names.split()]
     assert python("-c", "; ".join([f"import {names.replace(' ', ', ')}", *show])).split() == OLD.split()
     options = "-q -n 0 -p no:cacheprovider --basetemp".split()
-    printed = python("-m", "pytest", *options, tmp_path / "runs", *(f"tests/{test}" for test in TESTS.split()))
+    tests = [f"tests/{test}" for test in TESTS.split()]
+    printed = python("-m", "pytest", *options, tmp_path / "runs", *tests)
     assert " passed" in printed and "failed" not in printed
