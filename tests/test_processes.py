@@ -205,10 +205,10 @@ def test_reward_that_fails_in_one_process(tmp_path):
 
 
 def test_numbers_that_two_processes_cannot_share(monkeypatch, tmp_path):
-    several = SimpleNamespace(num_processes=2, process_index=0, is_main_process=True)
-    monkeypatch.setattr(common, "PartialState", lambda: several)
     (tmp_path / "one.txt").write_text("a red circle\n")
     args = parse("grpo", *options("grpo"))
+    several = SimpleNamespace(num_processes=2, process_index=0, is_main_process=True)
+    monkeypatch.setattr(common, "PartialState", lambda: several)
     assert common.split_batch(args, each=4, group=4) == 8
     args.prompts_per_iteration = 6
     with pytest.raises(SystemExit, match="cannot be split into 2 equal updates on 2 processes"):
