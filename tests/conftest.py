@@ -1,7 +1,4 @@
-"""What the tests share:
-
-the command line as a process, a script's main in this process, a policy in float64.
-"""
+"""What the tests share: a script as a process or in this process, its recorded loop, a policy in float64."""
 
 import contextlib
 import importlib
@@ -14,6 +11,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process per core; PyTorch reads it when it is imported
 
 import pytest
 import torch
@@ -122,6 +121,22 @@ class DoublePolicy(common.Policy):
         self.dtype = torch.float64
         for part in (self.transformer, self.pipe.vae, *self.encoders):
             part.double()
+
+    def draw_noise(self, *args):
+        return super().draw_noise(*args).double()
+
+    def encode(self, *batches):
+        torch.set_default_dtype(torch.float64)  # or CLIP's mask overflows in transformers 4
+        try:
+            return super().encode(*batches)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """What a test draws does not depend on the tests before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture

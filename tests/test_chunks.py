@@ -5,7 +5,8 @@ from collections import Counter
 import pytest
 import torch
 
-from gcpo import adaptive_chunks, draw_chunks
+from conftest import parse
+from gcpo import adaptive_chunks, draw_chunks, parse_chunks
 
 CURVES = [
     # longest, curve, sizes, and why: the sign of each step
@@ -42,6 +43,11 @@ def test_second_order_cuts_where_the_bend_changes():
     # Order 2 of the fall [15 13 10 6 3 1 0]: -1 -1 1 1 1 at steps 2 to 6: - * 4, + * 3.
     half = [0, 1, 3, 6, 10, 13, 15, 16]
     assert adaptive_chunks(torch.tensor([*half, *reversed(half)], dtype=torch.float32), 5) == [5, 4, 4, 3]
+
+
+def test_halves():
+    for K, sizes in ((1, [1]), (2, [1, 1]), (3, [1, 2]), (8, [4, 4])):
+        assert parse_chunks(parse("gcpo", "--chunks", "halves"), list(range(K))) == sizes
 
 
 def test_weighted_draw_is_in_proportion_to_the_mean_of_l1rel():

@@ -1,6 +1,7 @@
 """The three families against diffusers' own pipelines, on small ones with random weights."""
 
 import json
+import math
 import re
 import shutil
 from copy import deepcopy
@@ -91,6 +92,7 @@ def test_rollout_without_noise_is_the_pipeline(model, family, options, guidance)
     x, images = rollout_images(policy, noise)
     evals = policy.velocity_evals
     latents, expected = pipeline_images(policy.pipe, family, noise, guidance)
+    # four steps of float32 networks in other batches, latents up to 5
     assert difference(as_pipeline(policy, family, x), latents) < 1e-5
     assert difference(images, expected) < 1e-5
     assert expected.std() > 0.01  # pictures of something
@@ -127,8 +129,9 @@ def test_lora_round_trip(model, family, alpha, tmp_path):
     for source in (tmp_path, tensors):
         pipe = type(policy.pipe).from_pretrained(str(model(family)))
         pipe.load_lora_weights(source)
+        # float32 as above, and the weights are large
         assert difference(pipeline_images(pipe, family, noise, 3.0)[1], images) < 1e-4
-    assert difference(rollout_images(policy, noise)[1], images) < 1e-6  # saving has not changed the policy
+    assert difference(rollout_images(policy, noise)[1], images) == 0  # saving has not changed the policy
 
 
 def run(script, folder, prompts, output, *options):
@@ -165,7 +168,8 @@ def test_one_iteration(model, prompts, tmp_path, family, script):
 def test_half_precision_weights_and_float32_mathematics(model, family, dtype):
     """Latents, Gaussians, log-probs and LoRA are float32, and the ratio is 1."""
     policy = make_policy(model(family), dtype=dtype)
-    frozen = {p.dtype for p in policy.transformer.parameters() if not p.requires_grad}
+    parts = (policy.transformer, policy.pipe.vae, policy.encoders[0])  # T5 keeps some in float32
+    frozen = {p.dtype for part in parts for p in part.parameters() if not p.requires_grad}
     assert policy.transformer.dtype == getattr(torch, dtype)
     assert frozen == {getattr(torch, dtype)} and {p.dtype for p in policy.parameters} == {torch.float32}
     sigmas, (text,), prompt_index = policy.sigmas(4), policy.encode(PROMPTS), torch.arange(4) // 2
@@ -208,6 +212,7 @@ def test_halves_have_the_gradient_of_float32_at_the_true_latent_size():
         torch.manual_seed(1)
         for parameter in policy.parameters:
             torch.nn.init.normal_(parameter, std=0.02)
+        assert math.frexp(policy.loss_scale)[0] == 0.5  # a power of two, which changes no digit
         policy.loss_scale = policy.loss_scale if scaled else 1.0
         rows = [part.to(getattr(torch, dtype)) for part in text]
         rollout = grpo.Rollout(rows, torch.arange(2), "flow", *levels, x, x + 0.1 * noise, logp)
@@ -219,6 +224,7 @@ def test_halves_have_the_gradient_of_float32_at_the_true_latent_size():
     true_norm, true = found["float32", True]
     cosine = {key: torch.cosine_similarity(true, gradient, 0).item() for key, (_, gradient) in found.items()}
     assert cosine["bfloat16", True] > 0.99 and cosine["float16", True] > 0.99
+    # float16 rounds to 5e-4 in each of some 50 products
     assert found["float16", True][0].item() == pytest.approx(true_norm.item(), rel=0.05)
     assert cosine["float16", False] < 0.9  # it is the scale that does it
 
@@ -254,7 +260,7 @@ def test_gradient_checkpointing_changes_no_gradient(model, family):
         noise = policy.draw_noise(2, 1, torch.Generator().manual_seed(0))
         policy.velocity(noise, 0.7, *policy.encode(PROMPTS), torch.arange(2)).square().mean().backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in policy.parameters]))
-    assert gradients[0].norm() > 0 and difference(*gradients) < 1e-6
+    assert gradients[0].norm() > 0 and difference(*gradients) < 1e-6 * gradients[0].abs().max()
 
 
 @pytest.mark.parametrize(

@@ -46,9 +46,8 @@ def naive_step(x, v, sigmas, s, step, sde):
     if sde in ("cps", "precise"):
         r = sigma_next * (1 - sigma) / (sigma * (1 - sigma_next))
         std = sigma_next * (math.sin(0.8 * math.pi / 2) if sde == "cps" else (1 - r**2.25).sqrt())
-        assert abs(std - scale * delta.sqrt()) < 1e-6
-        # where all noise is renewed, rounding of s would show in the root
-        std = std if sde == "cps" else scale * delta.sqrt()
+        assert abs(std - scale * delta.sqrt()) < 1e-6  # s is float32
+        std = scale * delta.sqrt()
         image, noise = x - sigma * v, x + (1 - sigma) * v
         return (1 - sigma_next) * image + (sigma_next**2 - std**2).clamp(min=0).sqrt() * noise, std
     mean = x * (1 - scale**2 * delta / (2 * sigma)) - v * delta * (1 + scale**2 * (1 - sigma) / (2 * sigma))
@@ -118,7 +117,9 @@ def updates(seen, images):
 
 
 def assert_gradient(seen, got, loss):
-    assert relative_error(got, gradients(seen.policy, loss)) < 1e-6
+    """In float64, but that 1 / n of GCPO and TempFlow's weights are float32 (6e-8)."""
+    limit = 1e-10 if seen.args.script == "grpo" else 1e-6
+    assert relative_error(got, gradients(seen.policy, loss)) < limit
 
 
 @pytest.mark.parametrize(
@@ -129,7 +130,7 @@ def test_grpo(record, steps, chosen, sde):
     seen = record(grpo, *OPTIONS, "--sde-steps", steps, *sde)
     old, share_clipped = seen.rollouts[0][1][2], []
     advantage = seen.advantages[0][1][0].flatten().double()
-    assert len(old) == len(chosen) and metrics(seen.folder)[1]["ratio_first_error"] < 1e-7
+    assert len(old) == len(chosen) and metrics(seen.folder)[1]["ratio_first_error"] < 1e-10
     for update, images, got in updates(seen, 8):
         total = naive_loss(grpo, seen, images, share_clipped)
         if update == 0:  # at ratio 1 the gradient is that of -A * logp
@@ -150,7 +151,15 @@ def test_grpo_in_float32_points_where_the_naive_gradient_in_float64_does(record)
     _, images, got = next(updates(seen, 8))
     logp = [naive_logp(seen.policy, rollout, k, n) * advantage[n] for n in images for k in range(4)]
     want = gradients(seen.policy, -torch.stack(logp).mean())
-    assert relative_error([g.double() for g in got], want) < 1e-4
+    assert relative_error([g.double() for g in got], want) < 1e-4  # measured: under 1e-5
+
+
+@pytest.mark.parametrize("module", EACH)
+def test_advantages_are_divided_by_the_std_of_the_group_or_of_the_batch(record, module):
+    for kind in ("group", "batch"):
+        seen = record(module, "--iterations", "1", "--adv-std", kind, double=False)
+        rewards, std, _ = seen.advantages[0][0]
+        assert std is None if kind == "group" else std == rewards.flatten().std(correction=0)
 
 
 @pytest.mark.parametrize("module", EACH)
@@ -229,11 +238,11 @@ def test_rollout_is_a_loop_over_images_with_ode_steps_where_none_is_chosen(recor
             v = naive_velocity(policy, text, prompt_index, latent, sigmas[step], n)
             if step in draws:
                 k, place = chosen.index(step), (chosen.index(step), n, *branch)
-                assert (latent - x[k, n]).abs().max() < 1e-6
+                assert (latent - x[k, n]).abs().max() < 1e-10
                 mean, std = naive_step(latent, v, sigmas, s, step, sde)
                 latent = mean + std * draws[step].double()
-                assert (latent - x_next[place]).abs().max() < 1e-6
-                assert abs(Normal(mean, std).log_prob(latent).mean() - old[place]) < 1e-6
+                assert (latent - x_next[place]).abs().max() < 1e-10
+                assert abs(Normal(mean, std).log_prob(latent).mean() - old[place]) < 1e-10
             else:
                 latent = latent - (sigmas[step] - sigmas[step + 1]).double() * v
         return latent
@@ -241,11 +250,11 @@ def test_rollout_is_a_loop_over_images_with_ode_steps_where_none_is_chosen(recor
     for n in range(len(prompt_index)):
         if module is not tempflow_grpo:
             draws = {step: noise[1 + k][n] for k, step in enumerate(chosen)}
-            assert (sample(n, draws) - ends[n]).abs().max() < 1e-6
+            assert (sample(n, draws) - ends[n]).abs().max() < 1e-10
             continue
         for (k, step), b in product(enumerate(chosen), range(3)):
             latent = sample(n, {step: noise[1 + k][n, b]}, (b,))
-            assert (latent - ends.view_as(x_next)[k, n, b]).abs().max() < 1e-6
+            assert (latent - ends.view_as(x_next)[k, n, b]).abs().max() < 1e-10
 
 
 def evaluations(module, seen, live=None, passes=3):
@@ -340,10 +349,9 @@ def test_weights_average_and_files_are_those_made_by_hand(record, monkeypatch, m
                 decay = min(0.2, n / (9 + n))
                 average = [decay * a + (1 - decay) * p.detach() for a, p in zip(average, mine)]
                 averages += [average] if clip else []
-    # Adam divides by the gradient's size, so float32 weights follow to a few of their digits only
-    assert all(found[True, n] < 1e-6 and (n == 1 or found[False, n] > 1e-3) for n in range(1, 5))
+    assert all(found[True, n] < 1e-10 and (n == 1 or found[False, n] > 1e-3) for n in range(1, 5))
     one, two, three = metrics(seen.folder)[1:]
-    assert one["grad_norm"] > 1e-5 and two["zero_std_groups"] == 1 and three["ratio_first_error"] < 1e-7
+    assert one["grad_norm"] > 1e-5 and two["zero_std_groups"] == 1 and three["ratio_first_error"] < 1e-10
     names = "ratio_mean ratio_min ratio_max ratio_first_error clip_low clip_high approx_kl loss grad_norm"
     assert all(two[name] is None for name in names.split())
     assert two["velocity_evals"] - one["velocity_evals"] == evaluations(module, seen, [0])
@@ -359,7 +367,7 @@ def test_weights_average_and_files_are_those_made_by_hand(record, monkeypatch, m
         put_weights(policy, average)
         for name, weight in policy.lora().items():
             weight = weight * (2 / 4 if "lora_B" in name else 1)  # alpha / rank
-            assert (saved[f"transformer.{name}"] - weight).abs().max() < 1e-7
+            assert (saved[f"transformer.{name}"] - weight).abs().max() < 1e-7  # averages are float32
     for shown, wanted in zip(seen.images[1:], pictures, strict=False):
-        assert (shown - wanted).abs().max() < 1e-5
+        assert (shown - wanted).abs().max() < 1e-6  # pictures are float32
     assert (pictures[3] - pictures[2]).abs().max() > 1e-4 and relative_error(averages[-1], final) > 1e-3

@@ -21,7 +21,7 @@ def draws():
 def schedule(numbers, steps):
     """Falling noise levels from 1 (or a little less) to 0, (steps + 1,)."""
     inner = sorted((numbers.uniform(0.02, 0.98) for _ in range(steps - 1)), reverse=True)
-    return torch.tensor([1.0, *inner, 0.0])
+    return torch.tensor([1.0, *inner, 0.0], dtype=torch.float64)
 
 
 def test_group_advantage(draws):
@@ -37,13 +37,13 @@ def test_group_advantage(draws):
         assert advantage.abs().max() <= clip
         assert advantage[flat].abs().max() == 0 and zero >= 1 / groups - 1e-6
         unclipped, _ = group_advantage(rewards, std, 1e9)
-        assert unclipped.sum(1).abs().max() < 1e-6 * size * clip  # centred
+        assert unclipped.sum(1).abs().max() < 1e-9  # centred
         assert torch.equal(unclipped.clamp(-clip, clip), advantage)
         order = torch.randperm(size, generator=gen)  # it does not matter who is which
         permuted, _ = group_advantage(rewards[:, order], std, clip)
         assert torch.allclose(permuted, advantage[:, order], atol=1e-9)
         shift = numbers.uniform(-5, 5)  # nor that all have more
-        assert torch.allclose(group_advantage(rewards + shift, std, clip)[0], advantage, atol=1e-6)
+        assert torch.allclose(group_advantage(rewards + shift, std, clip)[0], advantage, atol=1e-9)
         better = rewards.argsort(1)  # a better reward never has less advantage
         assert (advantage.gather(1, better).diff(dim=1) >= -1e-9).all()
 
@@ -77,7 +77,8 @@ def test_draw_chunks(draws):
         for j in drawn:
             want[starts[j] : starts[j] + sizes[j], starts[j] : starts[j] + sizes[j]] = 1 / sizes[j]
         assert torch.equal(average, want)
-        assert abs(draw_chunks(curve, sizes, 1.0, weighted, exponentials).trace() - len(sizes)) < 1e-5
+        whole = draw_chunks(curve, sizes, 1.0, weighted, exponentials)
+        assert abs(whole.trace() - len(sizes)) < 1e-5  # float32
 
 
 @pytest.mark.parametrize("sde", ["flow", "dance", "cps", "precise"])
@@ -90,8 +91,8 @@ def test_step_weights(draws, sde):
         steps = torch.randperm(len(s), generator=gen)[:count].sort().values
         levels = [level[steps] for level in (sigmas[:-2], sigmas[1:-1], s)]
         weight = step_weights(*levels, sde, "noise")
-        assert weight.shape == (count,) and (weight > 0).all() and abs(weight.mean() - 1) < 1e-5
-        assert torch.equal(step_weights(*levels, sde, "none"), torch.ones(count))
+        assert weight.shape == (count,) and (weight > 0).all() and abs(weight.mean() - 1) < 1e-9
+        assert torch.equal(step_weights(*levels, sde, "none"), torch.ones(count).double())
         if sde == "flow":  # as long as the noise that the step adds
             std = levels[2] * (levels[0] - levels[1]).sqrt()
-            assert torch.allclose(weight / weight.max(), std / std.max(), rtol=1e-4)
+            assert torch.allclose(weight / weight.max(), std / std.max(), rtol=1e-9)

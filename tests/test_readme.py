@@ -5,8 +5,6 @@ import builtins
 import inspect
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +17,7 @@ import grpo
 import small_pipelines
 import study
 import tempflow_grpo
-from conftest import ROOT, SCRIPTS, cli, here, metrics, parse, small
+from conftest import ROOT, SCRIPTS, here, metrics, parse, quick, small
 
 MODULES = {"common": common, "grpo": grpo, "gcpo": gcpo, "tempflow_grpo": tempflow_grpo}
 README = (ROOT / "README.md").read_text("utf-8")
@@ -98,11 +96,6 @@ def test_a_command_parses(command, user):
     assert parse(script, *options).script == script
 
 
-def test_the_models_of_the_table_have_defaults(user):
-    added = [row[2].strip("`").split() for row in rows_under("One GPU")[1:] if row[2]]
-    assert {parse("grpo", "--prompts", "data.txt", *options).iterations for options in added} == {110, 150}
-
-
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("torchrun")])
 def test_a_command_for_several_gpus_divides(command, user, monkeypatch):
     _, _, count, script, *options = shlex.split(command)
@@ -112,12 +105,6 @@ def test_a_command_for_several_gpus_divides(command, user, monkeypatch):
     several = SimpleNamespace(num_processes=int(count), process_index=0, is_main_process=True)
     monkeypatch.setattr(common, "PartialState", lambda: several)
     assert common.split_batch(args, each, 2) == args.prompts_per_iteration * each // int(count)
-
-
-def test_every_command_is_one_of_those():
-    """A command of a kind that no test runs must be added to one."""
-    names = {re.search(r"(\w+)\.py", command).group(1) for command in COMMANDS}
-    assert names == {*SCRIPTS, "mixgrpo"}
 
 
 def test_the_rewards_of_a_user_run(user):
@@ -140,15 +127,12 @@ def test_options_named_in_the_readme_exist():
 # ---------------------------------------------------------------- code
 
 
-def test_example_with_plain_diffusers_runs(tmp_path):
-    done = cli("grpo", *small("grpo"), "--iterations", "1", "--output", tmp_path / "runs" / "mine")
-    assert done.returncode == 0, done.stderr
+def test_example_with_plain_diffusers_runs(tmp_path, monkeypatch):
+    quick("grpo", tmp_path / "runs" / "mine", "--iterations 1")
     (tmp_path / "tests").symlink_to(ROOT / "tests")
-    code = python_block("import torch\n").replace("lora/150", "lora/1")
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "two_red_circles.png").stat().st_size > 500
+    monkeypatch.chdir(tmp_path)
+    exec(python_block("import torch\n").replace("lora/150", "lora/1"), {})
+    assert Path("two_red_circles.png").stat().st_size > 500
 
 
 def test_quoted_code_is_in_its_file():
@@ -207,16 +191,15 @@ def test_a_policy_for_a_flux_pipeline():
     x = torch.randn(2, *policy.shape)
     (own,) = policy.encode(prompts)
     with torch.no_grad():
-        torch.testing.assert_close(
-            mine.velocity(pack(x), 0.7, text, index), pack(policy.velocity(x, 0.7, own, index))
-        )
+        got, want = mine.velocity(pack(x), 0.7, text, index), pack(policy.velocity(x, 0.7, own, index))
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=0)  # float32, in batches of 2 and 4
         s = common.noise_scale(sigmas, "flow", 0.9)
         noise = [torch.randn(2, 16, 16), *torch.randn(2, 2, 3, 16, 16)]
         images, rollout = tempflow_grpo.sample(mine, text, index, noise, sigmas, s, "flow", [0, 1])
         steps = torch.tensor([0, 1])
         again, _, _ = tempflow_grpo.transition_logp(mine, rollout, steps, index)
     assert images.shape == (12, 16, 16)
-    torch.testing.assert_close(again, rollout.logp[steps, index], atol=1e-6, rtol=0)
+    torch.testing.assert_close(again, rollout.logp[steps, index], atol=1e-6, rtol=0)  # as above
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -255,6 +238,7 @@ def test_worked_example_of_a_step():
     s, one = common.noise_scale(sigmas, "flow", 0.7)[1], torch.ones(1, 1, 1, 1).double()
     mean, std = common.sde_mean_std(one, 2 * one, 0.5, 0.4, s, "flow")
     shown = re.search(r"mean ([\d.]+\d) and std ([\d.]+\d)", common.sde_mean_std.__doc__)
+    # three digits are shown
     assert float(shown.group(1)) == pytest.approx(mean.item(), abs=5e-4)
     assert float(shown.group(2)) == pytest.approx(std.item(), abs=5e-4)
 
@@ -267,13 +251,6 @@ def test_worked_example_of_chunks():
 
 
 # ---------------------------------------------------------------- the page
-
-
-def test_mathematics_is_as_github_reads_it():
-    """Formulas are in math blocks: between single dollars markdown reads `\\,` and `\\|` before TeX does."""
-    assert "$" not in re.sub(r"`[^`\n]*`", "", PROSE)
-    for language, text in FENCED:
-        assert language != "math" or text.count("{") == text.count("}")
 
 
 def test_links_and_pictures_of_the_readme_are_there():

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import common
 import gcpo
 import grpo
+import tempflow_grpo
 from conftest import SCRIPTS, cli, here, metrics, quick, small
 
 VARIANTS = [
@@ -45,7 +46,7 @@ def test_options_run_and_the_first_ratio_is_one(script, options, tmp_path):
     if "shapes=0.7" in options:
         assert lines[1]["reward_std/jpeg_incompressibility"] > 0 and lines[1]["reward_std/shapes"] > 0
         parts = lines[1]["reward/shapes"] * 0.7 + lines[1]["reward/jpeg_incompressibility"] * 0.3
-        assert lines[1]["reward_mean"] == pytest.approx(parts, rel=1e-5)
+        assert lines[1]["reward_mean"] == pytest.approx(parts, rel=1e-5)  # float32
         assert "eval/jpeg_compressibility" in lines[0]
 
 
@@ -58,9 +59,10 @@ def test_kl_is_zero_before_the_first_update(record):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_same_seed_same_files_and_the_run_folder(script, tmp_path):
-    """The second run is a process of its own: its sets have another order."""
+    """The second run of gcpo.py is a process of its own: its sets have another order."""
     options = [*small(script), "--iterations", 2, "--seed", 3, "--output"]
-    one, other = here(script, *options, tmp_path / "a"), cli(script, *options, tmp_path / "b")
+    again = cli if script == "gcpo" else here
+    one, other = here(script, *options, tmp_path / "a"), again(script, *options, tmp_path / "b")
     assert one.returncode == other.returncode == 0, one.stderr + other.stderr
     lines = metrics(tmp_path / "a", times=False)
     assert lines == metrics(tmp_path / "b", times=False)
@@ -91,17 +93,17 @@ def test_same_seed_same_files_and_the_run_folder(script, tmp_path):
     assert f"run folder: {tmp_path / 'a'}" in one.stdout.splitlines()[0]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_micro_batch_changes_nothing(script, tmp_path):
+@pytest.mark.parametrize("module", (grpo, gcpo, tempflow_grpo))
+def test_micro_batch_changes_nothing(record, module):
+    """In float64, but for pictures: one number may round the other way, by 6e-8 of 3,072."""
     runs = []
     for size in (1, 3, 8):
-        quick(script, tmp_path / str(size), f"--iterations 2 --micro-batch {size}")
-        runs.append(metrics(tmp_path / str(size), times=False))
+        seen = record(module, "--iterations", 2, "--micro-batch", size)
+        runs.append(metrics(seen.folder, times=False))
     for line, *others in zip(*runs):
         for other in others:
             for key, value in line.items():
-                tolerance = 1e-4 if key == "reward_mean" else 1e-5
-                assert other[key] == pytest.approx(value, abs=tolerance, rel=1e-5), key
+                assert other[key] == pytest.approx(value, abs=1e-7, rel=1e-7), key
 
 
 def test_gcpo_with_chunks_of_one_is_grpo(tmp_path):
@@ -114,7 +116,7 @@ def test_gcpo_with_chunks_of_one_is_grpo(tmp_path):
         load_file(tmp_path / name / "lora" / "3" / "pytorch_lora_weights.safetensors")
         for name in ("grpo", "gcpo")
     )
-    assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-6
+    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.parametrize("ema", ["0", "0.9"])
@@ -130,7 +132,7 @@ def test_lora_in_a_plain_diffusers_script_gives_the_pictures_of_the_evaluation(r
     base = pipe(prompts, **options).images
     pipe.load_lora_weights(seen.folder / "lora" / "2")
     tuned = pipe(prompts, **options).images
-    shown = list(range(16))  # the grid shows the first ones
+    shown = list(range(16))  # the grid shows the first ones; float32, in batches of 8 and 48
     assert (tuned[shown] - seen.images[-1]).abs().max() < 1e-4
     assert (base[shown] - seen.images[0]).abs().max() < 1e-4
     assert (tuned - base).abs().max() > 1e-2
@@ -170,7 +172,7 @@ def test_without_a_gpu_the_tiny_model_is_trained_and_the_run_says_so(tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_has_the_defaults_of_the_model(script):
-    text = " ".join(cli(script, "--help").stdout.replace("│", " ").split())
+    text = " ".join(here(script, "--help").stdout.replace("│", " ").split())
     assert f"python {script}.py --prompts data.txt" in text and "AdamW learning rate (default: 0.00" in text
     bare = re.findall(
         r"--[a-z-]+ (?:\{None\}\|)?[A-Z]+ \(default", text

@@ -179,6 +179,9 @@ def test_text_of_a_list_does_not_depend_on_the_others(folder):
     for prompts, text in zip(lists, together):
         for one, other in zip(policy.encode(prompts)[0], text):
             assert torch.equal(one, other) and len(one) == len(prompts) + 1
+        alone = [policy.family.encode([prompt]) for prompt in [*prompts, ""]]
+        for rows, other in zip(map(torch.cat, zip(*alone)), text):
+            assert (rows - other).abs().max() < 1e-5  # float32 in other batches
 
 
 def test_tempflow_fills_no_batch_of_branches_alone(folder, monkeypatch, tmp_path):
@@ -195,11 +198,3 @@ def test_tempflow_fills_no_batch_of_branches_alone(folder, monkeypatch, tmp_path
     # four trunks; 12 branches join at each step: 4, 16, 28, 40, then 48 without the trunk
     rollout = [5, 5, 5, 5, 1, *[5] * 5, 3, *[5] * 8, *[5] * 9, 3]
     assert any(rows[n : n + len(rollout)] == rollout for n in range(len(rows)))
-
-
-def test_dtype_is_looked_up_once(folder, monkeypatch):
-    policy = make_policy(folder)
-    kind = type(policy.transformer)
-    monkeypatch.setattr(kind, "dtype", property(lambda self: pytest.fail("looked up")))
-    text = policy.encode(["a red circle"])[0]
-    policy.velocity(torch.zeros(2, *policy.shape), 0.5, text, torch.zeros(2, dtype=torch.long))

@@ -20,17 +20,17 @@ def levels(sigmas, kind, level):
 def test_normalisers_that_the_released_code_has_as_numbers():
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(10)
-    sigma, sigma_next, s = levels(scheduler.sigmas, "flow", 0.7)
+    sigma, sigma_next, s = levels(scheduler.sigmas.double(), "flow", 0.7)
     raw = s * (sigma - sigma_next).sqrt()
     assert 1 / raw.mean().item() == pytest.approx(2.252, abs=1e-3)  # 2.25 there
     torch.testing.assert_close(step_weights(sigma, sigma_next, s, "flow", "noise"), raw * (1 / raw.mean()))
 
     flux = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     family = common.Flux(SimpleNamespace(scheduler=flux, vae_scale_factor=8))
-    sigma, sigma_next, s = levels(family.sigmas(10, 1024), "flow", 0.9)
+    sigma, sigma_next, s = levels(family.sigmas(10, 1024).double(), "flow", 0.9)
     raw = s * (sigma - sigma_next).sqrt()
     assert 1 / raw.mean().item() == pytest.approx(1.726, abs=1e-3)  # 1.73 there
-    assert step_weights(sigma, sigma_next, s, "flow", "noise").mean().item() == pytest.approx(1, abs=1e-6)
+    assert step_weights(sigma, sigma_next, s, "flow", "noise").mean().item() == pytest.approx(1, abs=1e-9)
     assert step_weights(sigma, sigma_next, s, "flow", "none").tolist() == [1.0] * 9
 
 
@@ -56,6 +56,7 @@ def test_weights_make_the_gradient_proportional_to_the_step_length(kind, level):
         norms.append(gradient.norm(dim=1).mean())
     norms, delta = torch.stack(norms), sigma - sigma_next
     first = 1 if kind == "flow" else 0  # the bracket, which [TF] leaves out, is 1 at sigma = 1
+    # the mean of 4,000 norms of 8 numbers is off by 0.4% or so
     weighted = (norms * step_weights(sigma, sigma_next, s, kind, "noise") / delta)[first:]
     assert (weighted / weighted.mean() - 1).abs().max() < 0.03
     plain = (norms / delta)[first:]
@@ -70,7 +71,7 @@ def test_groups_of_start_and_prompt(record):
         seen = record(tempflow_grpo, "--iterations", "1", "--group", group, double=False)
         (grouped, _, _), (advantage, _) = seen.advantages[0]
         assert grouped.shape == (4 * 2 * 2 * 3 // members, members)  # (K P S B / members, members)
-        assert advantage.mean(1).abs().max() < 1e-5
+        assert advantage.mean(1).abs().max() < 1e-5  # float32, numbers up to 5
 
 
 def test_reward_of_a_branch_goes_to_its_own_step_start_and_prompt(record, monkeypatch):
@@ -82,7 +83,7 @@ def test_reward_of_a_branch_goes_to_its_own_step_start_and_prompt(record, monkey
         return brightness(images)
 
     train_on(monkeypatch, order)
-    seen = record(tempflow_grpo, "--iterations", "1", "--adv-clip", "100", double=False)
+    seen = record(tempflow_grpo, "--iterations", "1", "--adv-clip", "100")
     (policy, *_), (_, _, _, ends) = seen.rollouts[0]
     batch = common.iteration_prompts(common.read_prompts(seen.args.prompts), 2, 1, 0)
     rewards = seen.advantages[0][0][0].view(4, 4, 3)
@@ -90,7 +91,7 @@ def test_reward_of_a_branch_goes_to_its_own_step_start_and_prompt(record, monkey
     for k in range(4):
         for n in range(4):
             images = policy.decode(ends.view(4, 4, 3, 8, 8, 8)[k, n])
-            torch.testing.assert_close(rewards[k, n], brightness(images), atol=1e-5, rtol=0)
+            torch.testing.assert_close(rewards[k, n], brightness(images), atol=1e-6, rtol=0)  # float32
             assert captions[(k * 4 + n) * 3] == batch[n // 2]
 
 
