@@ -711,7 +711,7 @@ def find_in_file(name):
         if similar:
             fail(f"there is no reward {name!r}; did you mean {similar[0]!r}?")
         fail(f"there is no reward and no FILE.py:FUNCTION {name!r}; {GRAMMAR}")
-    if not file.is_file():
+    if not os.path.isfile(file):
         fail(f"there is no file {file} (a path cannot contain '=' or a comma)")
     function = getattr(import_file(file), attribute, None)
     if not callable(function):
