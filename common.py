@@ -826,13 +826,16 @@ def score(policy, reward, latents, prompts, at_once=64):
     Returns scores (N,), and {name: scores (N,)} of the reward's parts.
     """
     size = math.ceil(at_once / policy.micro_batch) * policy.micro_batch
-    scores, parts = [], {}
-    for start in range(0, len(latents), size):
-        rows = slice(start, start + size)
-        sums, named = reward(policy.decode(latents[rows]), prompts[rows])
+    scores, parts, start = [], {}, 0
+    while start < len(latents):
+        stop = start + size
+        while stop < len(latents) and prompts[stop] == prompts[stop - 1]:
+            stop += 1  # a reward may compare the images of a prompt, as vlm does
+        sums, named = reward(policy.decode(latents[start:stop]), prompts[start:stop])
         scores.append(sums)
         for name, values in named.items():
             parts.setdefault(name, []).append(values)
+        start = stop
     return torch.cat(scores), {name: torch.cat(values) for name, values in parts.items()}
 
 

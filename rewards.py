@@ -706,13 +706,11 @@ def find_in_file(name):
     """The function of FILE.py:FUNCTION."""
     file, _, attribute = name.rpartition(":")  # the last colon: C:\my_file.py has one too
     file = Path(os.path.expanduser(file)).resolve()
-    if file.suffix != ".py":
+    if file.suffix != ".py" or not os.path.isfile(file):  # Path.is_file may raise for a long name
         similar = difflib.get_close_matches(name.partition(":")[0], REWARDS, n=1)
-        if similar:
+        if similar and file.suffix != ".py":
             fail(f"there is no reward {name!r}; did you mean {similar[0]!r}?")
         fail(f"there is no reward and no FILE.py:FUNCTION {name!r}; {GRAMMAR}")
-    if not os.path.isfile(file):
-        fail(f"there is no file {file} (a path cannot contain '=' or a comma)")
     function = getattr(import_file(file), attribute, None)
     if not callable(function):
         fail(f"there is no function {attribute} in {file}")

@@ -312,13 +312,16 @@ def test_only_the_prompts_in_use_are_encoded(model, tmp_path, monkeypatch):
 
 def test_scores_in_slices_are_the_scores(model):
     policy = make_policy(model("flux"))
-    latents, prompts = (
-        policy.draw_noise(7, 1, torch.Generator().manual_seed(0)),
-        [f"prompt {n}" for n in range(7)],
-    )
-    reward = get_reward("jpeg_compressibility=0.5")
+    latents, prompts = policy.draw_noise(7, 1, torch.Generator().manual_seed(0)), [*"aaabbcd"]
+    reward, calls = get_reward("jpeg_compressibility=0.5"), []
     whole, parts = common.score(policy, reward, latents, prompts)
-    sliced, sliced_parts = common.score(policy, reward, latents, prompts, at_once=2)
+
+    def watched(images, prompts):
+        calls.append("".join(prompts))
+        return reward(images, prompts)
+
+    sliced, sliced_parts = common.score(policy, watched, latents, prompts, at_once=2)
+    assert calls == ["aaa", "bb", "cd"]  # the images of a prompt stay together
     assert torch.equal(whole, sliced) and torch.equal(parts["jpeg_compressibility"], whole / 0.5)
     assert parts.keys() == sliced_parts.keys() and len(whole) == 7
 

@@ -154,7 +154,7 @@ UNREADABLE = ["run=3/rew.py:f", "run=3/rew.py:f=0.5", "a,b/rew.py:f", "shapes,b/
         ("shapes=nan", "number"),
         ("shapes:model", "shapes takes no model"),
         ("jpeg_compressibility:model", "takes no model"),
-        ("no_file.py:f", "there is no file /.*/no_file.py"),
+        ("no_file.py:f", "no FILE.py:FUNCTION 'no_file.py:f'"),
         ("vlm", "vlm needs a server; write vlm:URL"),
         ("file.py", "FILE.py:FUNCTION"),
         *((spec, "a path cannot contain '=' or a comma") for spec in UNREADABLE),
