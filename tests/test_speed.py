@@ -194,7 +194,8 @@ def test_tempflow_fills_no_batch_of_branches_alone(folder, monkeypatch, tmp_path
 
     monkeypatch.setattr(common.SD3, "predict", predict)
     quick("tempflow_grpo", tmp_path / "run", "--iterations 1 --micro-batch 5 --eval-every 9")
-    assert metrics(tmp_path / "run")[1]["ratio_first_error"] in (0.0, None)
+    # float32 (6e-8): with old instructions the last bit depends on a row's place in its batch
+    assert (metrics(tmp_path / "run")[1]["ratio_first_error"] or 0.0) < 1e-6
     # four trunks; 12 branches join at each step: 4, 16, 28, 40, then 48 without the trunk
     rollout = [5, 5, 5, 5, 1, *[5] * 5, 3, *[5] * 8, *[5] * 9, 3]
     assert any(rows[n : n + len(rollout)] == rollout for n in range(len(rows)))
