@@ -12,6 +12,7 @@ show what it does.
 
 import argparse
 import itertools
+import json
 import math
 import random
 import sys
@@ -134,6 +135,14 @@ def make_tokenizer():
     assert all(len(i) == len(p.split()) + 2 for i, p in zip(ids, ALL_PROMPTS)), "a word is not one token"
     assert len({tuple(i) for i in ids}) == len(ALL_PROMPTS), "two prompts have the same tokens"
     return tokenizer
+
+
+def add_files_of_old_tokenizers(folder):
+    """Write vocab.json and merges.txt beside tokenizer.json: transformers 4 reads those."""
+    model = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), "utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", "utf-8")
 
 
 def make_pipeline():
@@ -323,6 +332,8 @@ def main():
     for module in (pipe.transformer, pipe.vae):  # to keep the files small; they are loaded in float32
         module.half()
     pipe.save_pretrained(args.output)
+    for name in ("tokenizer", "tokenizer_2"):
+        add_files_of_old_tokenizers(Path(args.output) / name)
 
 
 if __name__ == "__main__":
