@@ -140,7 +140,7 @@ def make_tokenizer():
 def add_files_of_old_tokenizers(folder):
     """Write vocab.json and merges.txt beside tokenizer.json: transformers 4 reads those."""
     model = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]
-    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), "utf-8")
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False) + "\n", "utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", "utf-8")
 
