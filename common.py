@@ -126,7 +126,7 @@ def log_prob(x, mean, std, batch_dims=1):
 def gaussian_kl(mean, other_mean, std):
     """KL of two Gaussians of equal std, averaged over the dimensions as in log_prob: (B, ...) -> (B,).
 
-    [FG] divides by s^2 where the variance is s^2 Delta.
+    Here std^2 = s^2 Delta. [FG]'s formula has s^2 instead, so its beta means another strength.
     """
     return ((mean - other_mean) ** 2 / (2 * std**2)).flatten(1).mean(1)
 
@@ -215,7 +215,8 @@ class Stats:
     def metrics(self):
         """Means over all that was added, in all processes; None for what was never added.
 
-        `ratio` becomes ratio_mean, ratio_min and ratio_max; of `ratio_first_error` the maximum is taken.
+        Skipped images are not added, so `loss` is a mean over trained ones. `ratio` becomes ratio_mean,
+        ratio_min and ratio_max; of `ratio_first_error` the maximum is taken.
         """
         mine = {name: torch.cat(values).double().cpu() for name, values in self.values.items()}
         merged = {}
@@ -531,7 +532,7 @@ class Policy:
     def compile(self, text):
         """Compile the transformer's blocks for this micro_batch; if that fails, continue without."""
         print("compiling, about a minute")
-        if not self.transformer._repeated_blocks:  # SD3's class does not name its blocks there, but here
+        if not self.transformer._repeated_blocks:  # SD3's class names its blocks in _no_split_modules only
             self.transformer._repeated_blocks = self.transformer._no_split_modules
         self.transformer.compile_repeated_blocks(dynamic=False)
         self.compiled = True
@@ -597,10 +598,8 @@ class Policy:
             groups = [unique[start : start + 8] for start in range(0, len(unique), 8)]
             encoded = [self.family.encode(group) for group in groups]
             row = torch.tensor([unique.index(prompt) for prompt in [*prompts, ""]])
-            kinds = zip(
-                *encoded
-            )  # for SD3: the embeddings of all groups, the pooled embeddings of all groups
-            texts.append([torch.cat(parts).cpu()[row] for parts in kinds])
+            # encoded: [embeds, pooled] of each group; zip gives all groups' embeds, then all groups' pooled
+            texts.append([torch.cat(parts).cpu()[row] for parts in zip(*encoded)])
         self.encoders.to("cpu")
         torch.cuda.empty_cache()
         self.transformer.to(self.device)
@@ -649,7 +648,10 @@ class Policy:
         return torch.cat(parts)
 
     def micro_batches(self, *tensors):
-        """Split tensors of n rows into [(part, part), ...] of micro_batch rows, on the device."""
+        """Iterate over (part, part, ...) of micro_batch rows of the tensors, on the device.
+
+        Shows a progress bar. The tensors have equally many rows, perhaps none.
+        """
         batches = []
         if len(tensors[0]) > 0:  # split would make one part of no rows
             parts = [rows.to(self.device).split(self.micro_batch) for rows in tensors]
@@ -798,7 +800,10 @@ def my_rows(rows):
 
 
 def gather(rows):
-    """The rows of all processes, in the order they had before my_rows, on the CPU."""
+    """The rows of all processes, interleaved, on the CPU.
+
+    This undoes my_rows. Rows made from dealt rows, such as images of prompts, come in another order.
+    """
     parts = gather_object([rows.cpu()])
     whole = torch.cat(parts)
     for process, part in enumerate(parts):
@@ -831,8 +836,8 @@ def score(policy, reward, latents, prompts, at_once=64):
         stop = start + size
         while stop < len(latents) and prompts[stop] == prompts[stop - 1]:
             stop += 1  # a reward may compare the images of a prompt, as vlm does
-        sums, named = reward(policy.decode(latents[start:stop]), prompts[start:stop])
-        scores.append(sums)
+        total_scores, named = reward(policy.decode(latents[start:stop]), prompts[start:stop])
+        scores.append(total_scores)
         for name, values in named.items():
             parts.setdefault(name, []).append(values)
         start = stop
@@ -845,7 +850,7 @@ def reward_metrics(rewards, parts, group_size, zero_std_groups):
     reward_std/<name>: std within a group, averaged over groups; shows how much each part of a sum counts.
     """
     rewards, processes = gather(rewards), PartialState().num_processes
-    metrics = {"images": len(rewards)}
+    metrics = {"images": len(rewards)}  # of this iteration; Run.record adds those of all earlier ones
     metrics |= {"reward_mean": rewards.mean().item(), "reward_std": rewards.std().item()}
     for name, scores in parts.items():
         metrics[f"reward/{name}"] = gather(scores).mean().item()
@@ -870,7 +875,7 @@ def save_pictures(images, captions, folder, iteration, size=192, columns=4):
     while len(tiles) % columns != 0:
         tiles.append(Image.new("RGB", tiles[0].size, "white"))
     make_image_grid(tiles, len(tiles) // columns, columns).save(folder / f"{iteration}.png")
-    if not (folder / "0.png").exists():  # somebody tidied up
+    if not (folder / "0.png").exists():  # it was deleted: nothing to compare with
         return
     both = [ImageOps.expand(Image.open(folder / f"{n}.png"), 6, "grey") for n in (0, iteration)]
     make_image_grid(both, rows=1, cols=2).save(folder / "compare.png")
@@ -921,7 +926,7 @@ class Run:
         self.seconds = {}  # {phase_s: seconds}
         self.phase_start = None  # (name of the phase, its start)
         self.header = "iteration    reward evaluated   clipped  gradient\n"  # above the first row only
-        config = run_config(args)  # reads the config.json that is replaced below
+        config = run_config(args)  # keeps the tracker's id of the config.json that is replaced below
         if args.resume:
             self.load()
         (self.eval_text,) = policy.encode(self.eval_prompts)
@@ -1001,7 +1006,9 @@ class Run:
             if iteration == 0:
                 for line in self.reward.self_check(prompts, parts, args.resolution):
                     print(line)
-            shown = list(range(0, len(prompts), args.eval_seeds))[:16]  # always the first prompts
+            shown = list(range(0, len(prompts), args.eval_seeds))[
+                :16
+            ]  # one image for each of the first 16 prompts
             images = policy.decode(latents[shown].to(policy.device)).cpu()
             captions = [f"{scores[n]:.2f}  {prompts[n]}" for n in shown]
             save_pictures(images, captions, self.folder / "samples", iteration)
@@ -1060,9 +1067,9 @@ class Run:
             self.lines, adapter, ema = state["lines"], state["lora"], state["ema"]
         except Exception as error:  # missing and damaged files raise errors of many kinds
             fail(f"{path} cannot be resumed: {one_line(error)}; start a new run")
-        for name in adapter.keys() ^ policy.lora().keys():
-            problem = f"{name} is only in one of adapter and model"
-            fail(f"{path} cannot be resumed: {problem}; start a new run")
+        differ = sorted(adapter.keys() ^ policy.lora().keys())
+        problem = f"{len(differ)} weights are only in one of adapter and model: {differ[:1]}"
+        require(not differ, f"{path} cannot be resumed: {problem}; start a new run")
         if PartialState().is_main_process:  # the stored number is the sum over processes
             policy.velocity_evals = self.lines[-1]["velocity_evals"]
         set_peft_model_state_dict(policy.transformer, adapter)
@@ -1078,7 +1085,7 @@ class Run:
     def show(self, metrics):
         """Show an iteration in the terminal, in samples/progress.png if evaluated, in the tracker."""
         iteration, error = metrics["iteration"], metrics.get("ratio_first_error")
-        if error is not None and error > 1e-5:  # clip ranges are larger
+        if error is not None and error > 1e-5:  # a tenth of the default clip range; it should be 0
             tqdm.write(
                 f"warning: before any update the ratio differs from 1 by {error:.1e}: rollout and training"
             )
@@ -1107,7 +1114,8 @@ class Run:
         best = max(scores, key=scores.get)
         minutes = 0.0
         for line in self.lines:
-            minutes += sum(value for name, value in line.items() if name.endswith("_s")) / 60
+            for phase in ("rollout", "reward", "train", "eval"):
+                minutes += line.get(f"{phase}_s", 0.0) / 60
         last, evals = scores[max(scores)], self.lines[-1]["velocity_evals"]
         results = f"eval_reward {base:.3f} -> {last:.3f}, best {scores[best]:.3f} at {best}"
         print(f"{results}; {minutes:.1f} minutes, {evals:,} velocity evaluations")
@@ -1174,7 +1182,7 @@ class Args:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # dtype of the frozen weights
     compile: bool = False  # compile the transformer's blocks
     gradient_checkpointing: bool = False  # less memory, training takes a third longer
-    micro_batch: int = 3  # latents per forward pass; 0: as many as fit on the GPU
+    micro_batch: int = 3  # latents per forward pass; 0: as many as fit on the GPU (CPU: 1)
     lora_rank: int = 32  # LoRA rank
     lora_alpha: float = 64.0  # LoRA alpha; the adapter is scaled by alpha / rank
     eval_prompts: str | None = None  # file of prompts for evaluation (the first 64); None: those of --prompts
@@ -1191,7 +1199,7 @@ NOISE_LEVELS = {"flow": 0.7, "dance": 0.3, "cps": 0.8, "precise": 1.5}  # [FG], 
 
 
 def parse_args(script, args_class, defaults, argv=None):
-    """The command line as an args_class, checked. Loads no model and writes nothing.
+    """The command line as an args_class, checked. Loads no model and writes nothing, but joins the processes.
 
     script: its name. defaults: {"tiny": {...}, "sd3": {...}}, settings of a model that differ from the class
     defaults. With --resume the settings of that run are the defaults.
@@ -1220,30 +1228,33 @@ def parse_args(script, args_class, defaults, argv=None):
         bfloat16 = family == "flux" or torch.cuda.is_bf16_supported(including_emulation=False)
         settings |= {"dtype": "bfloat16" if bfloat16 else "float16", "compile": True, "micro_batch": 0}
     settings |= defaults[family]
-    own = args_class(**settings)
-    noise_levels = NOISE_LEVELS | {own.sde: own.noise_level}
+    of_model = args_class(**settings)  # before the settings of a resumed run
+    noise_levels = NOISE_LEVELS | {of_model.sde: of_model.noise_level}
     settings |= stored | {"model": absolute(model), "device": device}
-    if given.sde in noise_levels and given.sde != args_class(**settings).sde:  # each sampler has its own
+    # with another sampler comes its noise level, unless --noise-level is given; tyro reports an unknown --sde
+    if given.sde in noise_levels and given.sde != args_class(**settings).sde:
         settings["noise_level"] = noise_levels[given.sde]
     args = tyro.cli(args_class, default=args_class(**settings), args=argv, prog=f"{script}.py")
 
-    args.script, args.model = script, absolute(model)
+    args.script = script  # not a setting, so not in asdict(args)
+    args.model = absolute(model)
+    if args.output is None:
+        now = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+        args.output = f"runs/{script}-{Path(model).name}-{args.seed}-{now}"
+    args.output = str(Path(os.path.expanduser(args.output)).absolute())
     for name in ("lora_rank", "lora_alpha", "output"):
         same = name not in stored or getattr(args, name) == stored[name]
         require(same, f"--resume cannot change --{name.replace('_', '-')}; start a new run")
     require(args.prompts or family == "tiny", "a model other than tiny needs --prompts FILE")
     check_numbers(args)
-    read_prompts(args.prompts)  # errors in files are reported before a model is loaded
-    held_out_prompts(args)
-    if args.output is None:
-        now = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-        args.output = f"runs/{script}-{Path(model).name}-{args.seed}-{now}"
-    args.output = str(Path(os.path.expanduser(args.output)).absolute())
-    new = args.resume is not None or not Path(args.output, "checkpoint.pt").exists()
-    require(new, f"--output {given.output} already holds a run; give another, or --resume it")
     # a reward may change the working directory, and a run may be resumed from another one
     args.prompts, args.eval_prompts = absolute(args.prompts), absolute(args.eval_prompts)
     args.reward, args.eval_reward = absolute_files(args.reward), absolute_files(args.eval_reward)
+    read_prompts(args.prompts)  # errors in files are reported before a model is loaded
+    held_out_prompts(args)
+    holds_run = Path(args.output, "checkpoint.pt").exists()
+    problem = f"--output {given.output} already holds a run; give another, or --resume it"
+    require(args.resume or not holds_run, problem)
     if args.log_with is not None:
         from accelerate.tracking import get_available_trackers
 
@@ -1276,7 +1287,7 @@ def absolute_files(spec):
     for part in (spec or "").split(","):
         name, equals, weight = part.strip().partition("=")
         first, colon, last = name.rpartition(":")
-        if os.path.exists(os.path.expanduser(first)):  # FILE.py:FUNCTION
+        if first.endswith(".py") and os.path.exists(os.path.expanduser(first)):  # FILE.py:FUNCTION
             name = f"{absolute(first)}:{last}"
         elif colon and os.path.exists(os.path.expanduser(last)):  # NAME:FOLDER
             name = f"{first}:{absolute(last)}"
@@ -1306,7 +1317,7 @@ def check_numbers(args):
     highest |= {"noise_level": 1} if args.sde == "cps" else {}
     for name, value in asdict(args).items():
         if isinstance(value, int | float) and not isinstance(value, bool):
-            low, high = lowest.get(name, 1e-30), highest.get(name, 2**31)
+            low, high = lowest.get(name, 1e-30), highest.get(name, 2**31)  # 1e-30 stands for "over 0"
             limits = f"{'over 0' if low == 1e-30 else f'at least {low}'} and at most {high}"
             fits = low <= value <= high  # false for nan
             require(fits, f"--{name.replace('_', '-')} {value} must be {limits}")
@@ -1352,6 +1363,7 @@ def parse_sde_steps(args):
     """--sde-steps as a list: the steps that may be random; and K, how many of them an iteration uses."""
     spec, last = args.sde_steps, args.steps - 2
     allowed = f"--sde-steps {spec} must be all, early, or a rising list within 0 to {last}"
+    # a lone number could mean the step or how many steps
     require(not spec.isdecimal(), f"{allowed}; one step: {spec},; to draw some: --sde-steps-per-iteration")
     if spec == "all":
         steps = list(range(last + 1))
@@ -1385,7 +1397,10 @@ def load_rewards(args, get_reward):
 
 
 def split_batch(args, each, group):
-    """How many trajectories this process samples, `each` per prompt. group: number of images compared."""
+    """How many trajectories this process samples, `each` per prompt. group: number of images compared.
+
+    SystemExit if the batch or the evaluation cannot be split. Warns of small groups.
+    """
     P, U, processes = args.prompts_per_iteration, args.updates_per_iteration, PartialState().num_processes
     require(group > 1, "a group of one image has no advantage; compare at least two")
     divides = P * each % U == 0 and (processes == 1 or P % (processes * U) == 0)

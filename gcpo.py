@@ -75,7 +75,7 @@ DEFAULTS = {
 class Rollout(NamedTuple):
     """The transitions of an iteration: N images, K random steps."""
 
-    text: list  # tensors from policy.encode, one row per prompt
+    text: list  # tensors from policy.encode: one row per prompt, then one of the empty prompt
     prompt_index: torch.Tensor  # (N,) which row of text each image uses
     sde: str  # the sampler, as in sde_mean_std
     sigma: torch.Tensor  # (K,) noise level before each random step
@@ -250,7 +250,7 @@ def update(policy, optimizer, args, rollout, chunk_average, advantage, images, s
         return False
     # GCPO: the steps of drawn chunks
     inverse_size = chunk_average.diagonal(dim1=1, dim2=2)  # (N, K) of a step's chunk; 0 if it was not drawn
-    step, column = inverse_size[live].T.nonzero(as_tuple=True)  # in the order of the steps
+    step, column = inverse_size[live].T.nonzero(as_tuple=True)  # sorted by step; column: of live
     image = live[column]
     chunks_drawn = inverse_size.sum(1).round().to(policy.device)  # (N,) n steps of 1 / n, up to rounding
     # GCPO: a ratio needs the current log-probs of the whole chunk. In the first update they equal those of
@@ -266,9 +266,10 @@ def update(policy, optimizer, args, rollout, chunk_average, advantage, images, s
     for mb_step, mb_image in policy.micro_batches(step, image):
         logp, mean, std = transition_logp(policy, rollout, mb_step, mb_image)
         # In the first update the ratio is exactly 1: no weight has changed since the rollout, and the network
-        # is always called with one shape (Policy.velocity). The loss is -A, but its gradient is not 0: it is
-        # -A * grad logp. If the ratio is not 1, rollout and training disagree, and later ratios are wrong.
-        # GCPO: the ratio of the chunk. new_logp takes the value just computed: an error shows in the ratio.
+        # is always called with one shape (Policy.velocity). The loss is then -A, but its gradient is not 0:
+        # it is -A * grad logp. If this ratio is not 1, rollout and training disagree; later ratios are wrong.
+        # GCPO: the ratio of the chunk. new_logp takes the value just computed, so that a difference between
+        # rollout and training shows in the ratio.
         new_logp[mb_step, mb_image] = logp.detach()
         log_ratio = chunk_log_ratio(logp, new_logp, rollout.logp, chunk_average, mb_step, mb_image)
         if on_policy:
@@ -284,6 +285,7 @@ def update(policy, optimizer, args, rollout, chunk_average, advantage, images, s
             loss = loss + args.kl_coef * kl
         # GCPO: the mean over drawn chunks and over the update's images: skipped images count as zeros
         policy.backward((loss / chunks_drawn[mb_image]).sum() / len(images))
+        # GCPO: logged once per step, so long chunks count more in these means
         stats.add(loss=loss, **ratio_metrics(log_ratio, mb_advantage, args.clip_range))
     grad_norm = policy.clip_gradients(args.max_grad_norm)
     optimizer.step()
@@ -314,7 +316,7 @@ def main(args):
         # Only random steps have a probability, so only they can be made more probable.
         run.phase("rollout")
         prompts, text = run.text(iteration)
-        chosen = common.iteration_steps(sde_steps, K, iteration, args.seed)  # K steps
+        chosen = sde_steps  # GCPO: chunks are cut from all of them
         generator = common.generator(args.seed, "noise", iteration)
         noise = [policy.draw_noise(P, G, generator) for _ in range(1 + K)]
         if args.shared_noise:
@@ -339,10 +341,12 @@ def main(args):
         exponentials = common.my_rows(exponentials).flatten(0, 1)  # (N, K)
         chunks, chunk_average = [], []
         for n in range(N):
-            cut = sizes or adaptive_chunks(l1rel[n], args.chunk_max)
-            drawn = draw_chunks(l1rel[n], cut, args.chunk_fraction, args.weighted_sampling, exponentials[n])
-            chunks.append(cut)
-            chunk_average.append(drawn)
+            own_sizes = sizes or adaptive_chunks(l1rel[n], args.chunk_max)
+            average = draw_chunks(
+                l1rel[n], own_sizes, args.chunk_fraction, args.weighted_sampling, exponentials[n]
+            )
+            chunks.append(own_sizes)
+            chunk_average.append(average)
         chunk_average = torch.stack(chunk_average)  # (N, K, K)
 
         # From the second update on, the weights differ from those of the rollout. The ratio corrects for it,

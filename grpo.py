@@ -70,7 +70,7 @@ DEFAULTS = {
 class Rollout(NamedTuple):
     """The transitions of an iteration: N images, K random steps."""
 
-    text: list  # tensors from policy.encode, one row per prompt
+    text: list  # tensors from policy.encode: one row per prompt, then one of the empty prompt
     prompt_index: torch.Tensor  # (N,) which row of text each image uses
     sde: str  # the sampler, as in sde_mean_std
     sigma: torch.Tensor  # (K,) noise level before each random step
@@ -154,8 +154,8 @@ def update(policy, optimizer, args, rollout, advantage, images, stats, on_policy
     for mb_step, mb_image in policy.micro_batches(step, image):
         logp, mean, std = transition_logp(policy, rollout, mb_step, mb_image)
         # In the first update the ratio is exactly 1: no weight has changed since the rollout, and the network
-        # is always called with one shape (Policy.velocity). The loss is -A, but its gradient is not 0: it is
-        # -A * grad logp. If the ratio is not 1, rollout and training disagree, and later ratios are wrong.
+        # is always called with one shape (Policy.velocity). The loss is then -A, but its gradient is not 0:
+        # it is -A * grad logp. If this ratio is not 1, rollout and training disagree; later ratios are wrong.
         log_ratio = logp - rollout.logp[mb_step, mb_image]
         if on_policy:
             stats.add(ratio_first_error=(log_ratio.exp() - 1).abs())

@@ -79,7 +79,7 @@ DEFAULTS = {
 class Rollout(NamedTuple):
     """The transitions of an iteration: N starts, K random steps, B branches at each."""
 
-    text: list  # tensors from policy.encode, one row per prompt
+    text: list  # tensors from policy.encode: one row per prompt, then one of the empty prompt
     prompt_index: torch.Tensor  # (N,) which row of text each start uses
     sde: str  # the sampler, as in sde_mean_std
     sigma: torch.Tensor  # (K,) noise level before each random step
@@ -188,9 +188,9 @@ def policy_loss(log_ratio, advantage, clip_range):
     return torch.maximum(-advantage * ratio, -advantage * clipped)
 
 
-# TempFlow: metrics of each step
+# TempFlow
 def step_metrics(chosen, rewards, gradient, weight):
-    """Metrics of each step.
+    """Metrics with one value per chosen step.
 
     rewards: (K, N, B). reward_std_by_step: std over the branches of a state, averaged [TF] figure 2.
     gradient, weight: (K,) size of d logp / d velocity, and the weights of the steps; the size is logged with
@@ -219,14 +219,14 @@ def update(policy, optimizer, args, rollout, weight, advantage, starts, stats, o
     nothing_to_learn = common.total(live.sum().item()) == 0  # in all processes
     if nothing_to_learn:  # a step would still move the weights, by Adam's momentum
         return False
-    step, column = live.nonzero(as_tuple=True)
+    step, column = live.nonzero(as_tuple=True)  # sorted by step; column: of starts
     start = starts[column]
     advantage = advantage.to(policy.device)
     for mb_step, mb_start in policy.micro_batches(step, start):
         logp, mean, std = transition_logp(policy, rollout, mb_step, mb_start)
         # In the first update the ratio is exactly 1: no weight has changed since the rollout, and the network
-        # is always called with one shape (Policy.velocity). The loss is -A, but its gradient is not 0: it is
-        # -A * grad logp. If the ratio is not 1, rollout and training disagree, and later ratios are wrong.
+        # is always called with one shape (Policy.velocity). The loss is then -A, but its gradient is not 0:
+        # it is -A * grad logp. If this ratio is not 1, rollout and training disagree; later ratios are wrong.
         log_ratio = logp - rollout.logp[mb_step, mb_start]
         if on_policy:
             stats.add(ratio_first_error=(log_ratio.exp() - 1).abs())
@@ -245,7 +245,7 @@ def update(policy, optimizer, args, rollout, weight, advantage, starts, stats, o
     grad_norm = policy.clip_gradients(args.max_grad_norm)
     optimizer.step()
     policy.update_ema()
-    optimizer.zero_grad(set_to_none=False)  # a process without a live image still has gradients to add: zeros
+    optimizer.zero_grad(set_to_none=False)  # a process without a live state still has gradients to add: zeros
     stats.add(grad_norm=grad_norm)
     return True
 
@@ -263,12 +263,12 @@ def main(args):
     optimizer = torch.optim.AdamW(policy.parameters, args.learning_rate, weight_decay=0.0)
     sigmas = policy.sigmas(args.steps)
     s = noise_scale(sigmas, args.sde, args.noise_level)  # (T - 1,)
-    weights = torch.zeros_like(s)  # TempFlow: of each step, with mean 1 over --sde-steps
-    levels = sigmas[:-2][sde_steps], sigmas[1:-1][sde_steps], s[sde_steps]
-    weights[sde_steps] = step_weights(*levels, args.sde, args.weighting)
+    before, after = sigmas[:-1][sde_steps], sigmas[1:][sde_steps]  # noise levels
+    all_weights = torch.zeros_like(s)  # TempFlow: (T - 1,) with mean 1 over --sde-steps
+    all_weights[sde_steps] = step_weights(before, after, s[sde_steps], args.sde, args.weighting)
     prompt_index = torch.arange(N, device=policy.device) // S  # (N,) the prompt of each start
     images = f"{P} prompts x {S} starts x {K} steps x {B} branches = {P * S * K * B} images"
-    common.print_plan(args, sigmas, s, sde_steps, images, weights)
+    common.print_plan(args, sigmas, s, sde_steps, images, all_weights)
 
     run = common.Run(args, policy, optimizer, reward, eval_reward, trajectories=N * B)
     if not run.lines:  # a new run: evaluate the base model
@@ -279,7 +279,7 @@ def main(args):
         prompts, text = run.text(iteration)
         chosen = common.iteration_steps(sde_steps, K, iteration, args.seed)  # K steps
         generator = common.generator(args.seed, "noise", iteration)
-        weight = weights[chosen]  # TempFlow
+        weight = all_weights[chosen]  # (K,) TempFlow
         noise = [policy.draw_noise(P, S, generator)]
         for _ in range(K):  # TempFlow: for the branches at each step
             noise.append(policy.draw_noise(P, S * B, generator).unflatten(0, (N, B)))
