@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 
 import accelerate.tracking
 import pytest
@@ -164,6 +165,20 @@ def test_prompts_from_a_pipe(tmp_path):
     os.close(write)
     quick("grpo", tmp_path / "run", f"--iterations 1 --prompts /dev/fd/{read}")
     os.close(read)
+
+
+def test_a_pipe_and_a_folder_named_like_a_reward(tmp_path, monkeypatch):
+    """In the working directory: a pipe can be read only once, and a folder is no reward."""
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("prompts")
+    (tmp_path / "shapes").mkdir()
+    (tmp_path / "model").mkdir()
+    writer = threading.Thread(target=(tmp_path / "prompts").write_text, args=["a red circle\n"])
+    writer.start()
+    args = parse("grpo", "--prompts", "prompts", "--model", "tiny", "--reward", "shapes,pickscore:model")
+    writer.join()
+    assert args.prompts == str(tmp_path / "prompts") and common.held_out_prompts(args) == ["a red circle"]
+    assert args.reward == f"shapes,pickscore:{tmp_path / 'model'}"
 
 
 def test_a_reward_that_changes_the_working_directory(tmp_path, monkeypatch):

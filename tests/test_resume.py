@@ -265,7 +265,7 @@ def test_options_beside_resume_override_and_paths_are_absolute(finished, tmp_pat
     monkeypatch.setattr(common.Run, "__init__", keep)
     monkeypatch.chdir(tmp_path)
     more = "--iterations 3 --micro-batch 2 --gradient-checkpointing --eval-every 1 --device cpu:0"
-    more += " --learning-rate 5e-5 --ema-decay 0.5"
+    more += " --learning-rate 5e-5 --ema-decay 0.5 --output copy"  # the same folder
     assert run_main("grpo", "--resume", "copy", *more.split()) is None
     (policy, optimizer) = seen[0]
     assert optimizer.param_groups[0]["lr"] == 5e-5 and policy.ema.decay == 0.5 and policy.micro_batch == 2
