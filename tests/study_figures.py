@@ -56,12 +56,11 @@ def draw_curves(axes, runs):
     for number, (script, name) in enumerate(DEFAULT.items()):
         mean_curve(axes[0], runs, name, f"{script}.py", color=f"C{number}")
         _, power, todo = study.search(runs, script)
-        found = "best so far" if todo else "best"
-        label = f"{script}.py, rate {study.rate(script, power)} ({found})"
+        label = f"{script}.py, rate {study.rate(script, power)}" + (" (best so far)" if todo else "")
         mean_curve(axes[1], runs, study.at_rate(script, power), label, range(5), color=f"C{number}")
     mean_curve(axes[0], runs, "grpo flow 0.7 early", "grpo.py, flow 0.7", color="0.5")
     finish(axes[0], "early steps random: defaults, and flow 0.7", loc="lower right")
-    finish(axes[1], "all steps random, flow 0.7: learning rates of the search", y="", loc="upper left")
+    finish(axes[1], "all steps random, flow 0.7, each at its best learning rate", y="", loc="upper left")
     for one in axes:
         one.set_ylim(0.45, 0.95)
 
@@ -94,8 +93,8 @@ def draw_hacking(axes, runs):
         kl, colour = f"KL {name.split()[-1]}", f"C{number}"
         mean_curve(axes[0], runs, name, kl, color=colour)
         mean_curve(axes[1], runs, name, kl, metric="eval/shapes", color=colour)
-    finish(axes[0], "the trained reward ignores the number of objects", loc="lower right")
-    finish(axes[1], "the full reward, not trained", y="", loc="lower left")
+    finish(axes[0], "trained reward (ignores the number of objects)", loc="lower right")
+    finish(axes[1], "full reward (not trained)", y="", loc="lower left")
     for one in axes:
         one.set_ylim(0, 1)
 
