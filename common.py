@@ -1140,7 +1140,7 @@ def start_tracker(args, tracker_id):
     kind = LOGGER_TYPE_TO_CLASS[args.log_with]
     if args.log_with == "wandb":
         project = os.environ.get("WANDB_PROJECT", "flow-grpo")
-        tracker = kind(project, name=Path(args.output).name, id=tracker_id, resume="allow")
+        tracker = kind(project, name=Path(args.output).name, dir=args.output, id=tracker_id, resume="allow")
     elif kind.requires_logging_directory:
         tracker = kind(args.log_with, args.output)
     else:
