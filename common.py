@@ -481,7 +481,7 @@ class Policy:
             self.family.max_sequence_length = max_sequence_length
         self.shape = self.family.latent_shape(resolution)
         self.resolution, self.guidance, self.micro_batch = resolution, guidance, micro_batch
-        self.velocity_evals = 0  # one per latent and call
+        self.velocity_evals = 0  # counted by velocity
         self.compiled = False
         self.dtype = self.transformer.dtype  # before the adapter is added, which is float32
         if self.dtype != torch.float32:  # TF32 for the float32 adapter, otherwise as slow as all the rest
@@ -1185,7 +1185,7 @@ class Args:
     micro_batch: int = 3  # latents per forward pass; 0: as many as fit on the GPU (CPU: 1)
     lora_rank: int = 32  # LoRA rank
     lora_alpha: float = 64.0  # LoRA alpha; the adapter is scaled by alpha / rank
-    eval_prompts: str | None = None  # file of prompts for evaluation (the first 64); None: those of --prompts
+    eval_prompts: str | None = None  # evaluation prompts (64 at most); None: --prompts, or the tiny model's
     eval_every: int = 30  # iterations between evaluations
     eval_steps: int = 40  # ODE steps of an evaluation
     eval_seeds: int = 1  # images per prompt in an evaluation
@@ -1228,8 +1228,8 @@ def parse_args(script, args_class, defaults, argv=None):
         bfloat16 = family == "flux" or torch.cuda.is_bf16_supported(including_emulation=False)
         settings |= {"dtype": "bfloat16" if bfloat16 else "float16", "compile": True, "micro_batch": 0}
     settings |= defaults[family]
-    of_model = args_class(**settings)  # before the settings of a resumed run
-    noise_levels = NOISE_LEVELS | {of_model.sde: of_model.noise_level}
+    model_default = args_class(**settings)  # before the settings of a resumed run
+    noise_levels = NOISE_LEVELS | {model_default.sde: model_default.noise_level}
     settings |= stored | {"model": absolute(model), "device": device}
     # with another sampler comes its noise level, unless --noise-level is given; tyro reports an unknown --sde
     if given.sde in noise_levels and given.sde != args_class(**settings).sde:

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 
 import common
-from common import gaussian_kl, group_advantage, log_prob, noise_scale, ratio_metrics, sde_mean_std
+from common import group_advantage, log_prob, noise_scale, ratio_metrics, sde_mean_std
 from rewards import get_reward
 
 
@@ -104,7 +104,7 @@ def sample(policy, text, prompt_index, noise, sigmas, s, sde, chosen):
             latents = mean + std * noise[1 + chosen.index(step)]
             x_next.append(latents)
             logp.append(log_prob(latents, mean, std))
-        else:  # an ODE step has no noise and no log-prob. The last step is one: its noise would stay visible.
+        else:  # no noise, so no log-prob. The last step is always such an ODE step: noise would stay visible.
             latents = latents - (sigmas[step] - sigmas[step + 1]) * velocity
     before = torch.tensor(chosen)
     rollout = Rollout(
@@ -279,7 +279,7 @@ def update(policy, optimizer, args, rollout, chunk_average, advantage, images, s
         if args.kl_coef > 0:
             with policy.reference():
                 _, mean_ref, _ = transition_logp(policy, rollout, mb_step, mb_image)
-            kl = gaussian_kl(mean, mean_ref, std)  # (M,)
+            kl = common.gaussian_kl(mean, mean_ref, std)  # (M,)
             stats.add(kl_ref=kl)
             kl = kl * chunk_average[mb_image, mb_step, mb_step]  # GCPO: 1 / size, for the mean over a chunk
             loss = loss + args.kl_coef * kl
@@ -290,7 +290,7 @@ def update(policy, optimizer, args, rollout, chunk_average, advantage, images, s
     grad_norm = policy.clip_gradients(args.max_grad_norm)
     optimizer.step()
     policy.update_ema()
-    optimizer.zero_grad(set_to_none=False)  # a process without a live image still has gradients to add: zeros
+    optimizer.zero_grad(set_to_none=False)  # a process without a share in a step adds zeros
     stats.add(grad_norm=grad_norm)
     return True
 

@@ -5,8 +5,8 @@
     python grpo.py --prompts data.txt     # Stable Diffusion 3.5 Medium with LoRA, on a CUDA GPU
 
 One iteration: sample a group of images for every prompt with the SDE (rollout), score them (reward), compare
-each with its group (advantage), and raise the probability of the transitions that led to the better ones
-(update).
+each with its group (advantage), and make the transitions of the better ones more probable, those of the
+others less (update).
 
 A transition is one random step of the sampler. The notation and the sources in brackets are explained in
 common.py, the settings in Args, and the metrics in README.md.
@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 
 import common
-from common import gaussian_kl, group_advantage, log_prob, noise_scale, ratio_metrics, sde_mean_std
+from common import group_advantage, log_prob, noise_scale, ratio_metrics, sde_mean_std
 from rewards import get_reward
 
 
@@ -99,7 +99,7 @@ def sample(policy, text, prompt_index, noise, sigmas, s, sde, chosen):
             latents = mean + std * noise[1 + chosen.index(step)]
             x_next.append(latents)
             logp.append(log_prob(latents, mean, std))
-        else:  # an ODE step has no noise and no log-prob. The last step is one: its noise would stay visible.
+        else:  # no noise, so no log-prob. The last step is always such an ODE step: noise would stay visible.
             latents = latents - (sigmas[step] - sigmas[step + 1]) * velocity
     before = torch.tensor(chosen)
     rollout = Rollout(
@@ -164,7 +164,7 @@ def update(policy, optimizer, args, rollout, advantage, images, stats, on_policy
         if args.kl_coef > 0:
             with policy.reference():
                 _, mean_ref, _ = transition_logp(policy, rollout, mb_step, mb_image)
-            kl = gaussian_kl(mean, mean_ref, std)  # (M,)
+            kl = common.gaussian_kl(mean, mean_ref, std)  # (M,)
             stats.add(kl_ref=kl)
             loss = loss + args.kl_coef * kl
         # the mean over the K steps and over the update's images: skipped images count as zeros
@@ -173,7 +173,7 @@ def update(policy, optimizer, args, rollout, advantage, images, stats, on_policy
     grad_norm = policy.clip_gradients(args.max_grad_norm)
     optimizer.step()
     policy.update_ema()
-    optimizer.zero_grad(set_to_none=False)  # a process without a live image still has gradients to add: zeros
+    optimizer.zero_grad(set_to_none=False)  # a process without a share in a step adds zeros
     stats.add(grad_norm=grad_norm)
     return True
 

@@ -5,8 +5,8 @@ arXiv 2508.04324).
     python tempflow_grpo.py --prompts data.txt     # Stable Diffusion 3.5 Medium with LoRA, on a CUDA GPU
 
 One iteration: sample ODE trajectories with branches of one SDE step (rollout), score the branches (reward),
-compare each branch with the others from the same state (advantage), and raise the probability of the steps
-that led to the better branches (update).
+compare each branch with the others from the same state (advantage), and make the steps to the better ones
+more probable, those to the others less (update).
 
 A transition is one random step of the sampler. The notation and the sources in brackets are explained in
 common.py, the settings in Args, and the metrics in README.md.
@@ -19,15 +19,7 @@ from typing import Literal, NamedTuple
 import torch
 
 import common
-from common import (
-    gaussian_kl,
-    group_advantage,
-    log_prob,
-    noise_scale,
-    ratio_metrics,
-    sde_drift_std,
-    sde_mean_std,
-)
+from common import group_advantage, log_prob, noise_scale, ratio_metrics, sde_drift_std, sde_mean_std
 from rewards import get_reward
 
 
@@ -236,7 +228,7 @@ def update(policy, optimizer, args, rollout, weight, advantage, starts, stats, o
         if args.kl_coef > 0:
             with policy.reference():
                 _, mean_ref, _ = transition_logp(policy, rollout, mb_step, mb_start)
-            kl = gaussian_kl(mean, mean_ref, std)  # (M,)
+            kl = common.gaussian_kl(mean, mean_ref, std)  # (M,)
             stats.add(kl_ref=kl)
             loss = loss + args.kl_coef * kl
         # the mean over the K steps and over the update's starts: skipped states count as zeros
@@ -245,7 +237,7 @@ def update(policy, optimizer, args, rollout, weight, advantage, starts, stats, o
     grad_norm = policy.clip_gradients(args.max_grad_norm)
     optimizer.step()
     policy.update_ema()
-    optimizer.zero_grad(set_to_none=False)  # a process without a live state still has gradients to add: zeros
+    optimizer.zero_grad(set_to_none=False)  # a process without a share in a step adds zeros
     stats.add(grad_norm=grad_norm)
     return True
 

@@ -206,9 +206,8 @@ def attention(device, small, record):
         policy.backward(grpo.policy_loss(log_ratio, advantage, 1e-4).mean())
         gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters]).double().cpu())
         calls, sync = bench.calls(policy, text), torch.cuda.synchronize if device == "cuda" else int
-        rollout_s, train_s = (
-            bench.median_seconds(lambda call=calls[name]: (call(), sync())) for name in ("rollout", "train")
-        )
+        rollout_s = bench.median_seconds(lambda: (calls["rollout"](), sync()))
+        train_s = bench.median_seconds(lambda: (calls["train"](), sync()))
         with torch.profiler.profile() as profile:
             calls["train"]()
             sync()

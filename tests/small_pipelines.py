@@ -14,6 +14,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from packaging.version import Version
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPTextConfig,
@@ -33,6 +34,7 @@ try:
 except ImportError:  # diffusers 0.36
     Flux2KleinPipeline = None
 
+NEW = Version(transformers.__version__).major >= 5
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 TEXT_TOKENS = 24  # of CLIP: a letter is a token
 
@@ -40,7 +42,7 @@ TEXT_TOKENS = 24  # of CLIP: a letter is a token
 def clip_tokenizer():
     pieces = [*LETTERS, *(letter + "</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
     vocab = {piece: n for n, piece in enumerate(pieces)}
-    if transformers.__version__ > "5":
+    if NEW:
         return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=TEXT_TOKENS)
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder, "vocab.json"), Path(folder, "merges.txt")
@@ -68,7 +70,7 @@ def clip(tokenizer, model_class):
 def t5():
     pieces = ["<pad>", "</s>", "<unk>", *("▁" + LETTERS)]
     vocab = [(piece, 0.0 if n < 3 else -2.0) for n, piece in enumerate(pieces)]
-    if transformers.__version__ > "5":
+    if NEW:
         tokenizer = T5Tokenizer(vocab=vocab, extra_ids=0)
     else:
         backend = Tokenizer(models.Unigram(vocab, unk_id=2))

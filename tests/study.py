@@ -134,14 +134,7 @@ def words(numbers, sign=""):
 
 
 def effect(runs, row, seeds, averaged=False):
-    """The differences of a row over the random seeds that both runs have.
-
-    Empty for a claim about best learning rates while one of the searches is unfinished: the best may change.
-    """
-    if "each at its best" in row.claim:
-        scripts = {row.name.split()[0], row.other.split()[0]}
-        if any(search(runs, script)[2] for script in scripts):
-            return []
+    """The differences of a row over the random seeds that both runs have."""
     one, other = (values(runs, name, seeds, averaged) for name in row[:2])
     return [one[seed] - other[seed] for seed in one if seed in other]
 

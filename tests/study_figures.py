@@ -55,8 +55,8 @@ def mean_curve(axes, runs, name, label, seeds=range(8), metric="eval_reward", **
 def draw_curves(axes, runs):
     for number, (script, name) in enumerate(DEFAULT.items()):
         mean_curve(axes[0], runs, name, f"{script}.py", color=f"C{number}")
-        _, power, todo = study.search(runs, script)
-        label = f"{script}.py, rate {study.rate(script, power)}" + (" (best so far)" if todo else "")
+        _, power, _ = study.search(runs, script)
+        label = f"{script}.py, rate {study.rate(script, power)}"
         mean_curve(axes[1], runs, study.at_rate(script, power), label, range(5), color=f"C{number}")
     mean_curve(axes[0], runs, "grpo flow 0.7 early", "grpo.py, flow 0.7", color="0.5")
     finish(axes[0], "early steps random: defaults, and flow 0.7", loc="lower right")
