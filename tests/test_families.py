@@ -370,7 +370,7 @@ def changed(folder, copy, file, **settings):
         ("model_index.json", {"vae": ["diffusers", "AutoencoderTiny"]}, "AutoencoderTiny"),
         ("scheduler/scheduler_config.json", {"invert_sigmas": True}, "invert_sigmas"),
         ("scheduler/scheduler_config.json", {"stochastic_sampling": True}, "stochastic_sampling"),
-        ("scheduler/scheduler_config.json", {"use_beta_sigmas": True}, "use_beta_sigmas"),
+        ("scheduler/scheduler_config.json", {"use_beta_sigmas": True}, "beta"),  # or diffusers wants scipy
     ],
 )
 def test_a_model_that_cannot_be_trained_is_one_line(model, prompts, tmp_path, file, settings, word):
