@@ -1093,9 +1093,12 @@ class Run:
         clipped = None
         if metrics.get("clip_low") is not None:
             clipped = metrics["clip_low"] + metrics["clip_high"]
-        row = metrics.get("reward_mean"), metrics.get("eval_reward"), clipped, metrics.get("grad_norm")
-        cells = ["" if value is None else f"{value:.4g}" for value in row]
-        tqdm.write(f"{self.header}{iteration:9d}" + "".join(f"{cell:>10}" for cell in cells))
+        values = metrics.get("reward_mean"), metrics.get("eval_reward"), clipped, metrics.get("grad_norm")
+        row = f"{self.header}{iteration:9d}"
+        for value, digits in zip(values, (".4f", ".4f", ".1%", ".1e")):
+            cell = "" if value is None else format(value, digits)
+            row += f"{cell:>10}"
+        tqdm.write(row)
         self.header = ""
         if "eval_reward" in metrics:
             plot_progress(self.lines, self.folder / "samples" / "progress.png")
@@ -1174,7 +1177,7 @@ class Args:
 
     prompts: str | None = None  # text file with one prompt per line, or .jsonl; None: the tiny model's own
     model: str | None = None  # diffusers repository or folder, or tiny
-    reward: str | None = None  # name, or weighted sum such as pickscore=0.7,ocr=0.3
+    reward: str | None = None  # name, FILE.py:FUNCTION, or weighted sum such as pickscore=0.7,ocr=0.3
     output: str | None = None  # run folder; None: runs/SCRIPT-MODEL-SEED-TIME
     resume: str | None = None  # run folder to resume; other options override its settings
     seed: int = 0  # random seed of the training
@@ -1234,7 +1237,14 @@ def parse_args(script, args_class, defaults, argv=None):
     # with another sampler comes its noise level, unless --noise-level is given; tyro reports an unknown --sde
     if given.sde in noise_levels and given.sde != args_class(**settings).sde:
         settings["noise_level"] = noise_levels[given.sde]
-    args = tyro.cli(args_class, default=args_class(**settings), args=argv, prog=f"{script}.py")
+    shown = f"Defaults are those of the model {Path(model).name}; --model NAME --help shows another model's."
+    args = tyro.cli(
+        args_class,
+        default=args_class(**settings),
+        args=argv,
+        prog=f"{script}.py",
+        description=f"{args_class.__doc__}\n\n{shown}",
+    )
 
     args.script = script  # not a setting, so not in asdict(args)
     args.model = absolute(model)

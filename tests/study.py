@@ -7,7 +7,8 @@
 All results come from tests/curves/runs.jsonl. It has one line per run: name, random seed, command, commit,
 machine, versions, seconds of training, and the evaluated iterations. A name is script, sampler, noise, random
 steps and options: `gcpo flow 0.7 all --chunks 9`. The text of the page and the rows of its tables are in
-tests/curves/page.txt: run | other run | claim | claimed by. A claim marked with * is also one of README.md's.
+tests/curves/page.txt: run | other run | claim | claimed by. A row that goes on with | setting | comparison is
+also a row of README.md's table.
 """
 
 import argparse
@@ -173,6 +174,8 @@ class Row(NamedTuple):  # of a table
     other: str = ""  # the run it is compared with
     claim: str = ""  # that the difference is positive
     source: str = ""
+    setting: str = ""  # in README.md's table, as the next one
+    comparison: str = ""
 
 
 def read_page():
@@ -208,20 +211,35 @@ def markdown(header, cells):
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *cells])
 
 
-def claims(runs, mark=""):
-    """The table of claims: all of them, or those with the mark."""
+def compared(runs):
+    """(row, random seeds, differences, verdict) of every row with a claim."""
+    for which, (rows, seeds) in TABLES.items():
+        for row in rows:
+            if row.claim:
+                found = effect(runs, row, seeds, which == "averaged")
+                yield row, seeds, found, verdict(row.claim, found)
+
+
+def claims(runs):
+    """The table of all claims."""
     cells = []
-    marked = [(table, row) for table in TABLES for row in TABLES[table][0] if row.claim and mark in row.claim]
-    for table, row in marked:
-        seeds = TABLES[table][1]
-        found = effect(runs, row, seeds, table == "averaged")
+    for row, seeds, found, result in compared(runs):
         images = [[value_at(n, runs[n, s], "images") for s in seeds if (n, s) in runs] for n in row[:2]]
         one, other = (np.mean(numbers or 0) for numbers in images)
         scored = f"{one:,.0f} against {other:,.0f}" if found and abs(one - other) > 0.02 * other else ""
-        shown = words(found, "+"), str(len(found) or ""), verdict(row.claim, found), scored
-        cells.append([row.claim.removeprefix("*"), row.source, *shown])
+        cells.append([row.claim, row.source, words(found, "+"), str(len(found) or ""), result, scored])
     header = "claim|claimed by|effect|seeds|verdict|images scored, if different"
     return markdown(header.split("|"), cells)
+
+
+def readme_table(runs):
+    """The table of README.md."""
+    cells = []
+    for row, _, found, result in compared(runs):
+        if row.setting:
+            cells.append([row.setting, row.comparison, words(found, "+"), str(len(found)), result])
+    header = ["setting", "comparison", "difference", "seeds", "verdict"]
+    return re.sub(r" *\| *", "|", markdown(header, cells))
 
 
 def table(runs, which):
@@ -379,8 +397,8 @@ def page(folder=CURVES):
     values |= {"tables": {which: table(runs, which) for which in TABLES}}
     (folder / "README.md").write_text(TEXT.format(**values), "utf-8")
     if folder == CURVES:
-        readme, rows = ROOT / "README.md", re.sub(r" *\| *", "|", claims(runs, "*"))
-        text = re.sub(r"(?s)\|claim\|.*?(?=\n\n)", rows, readme.read_text("utf-8"))
+        readme = ROOT / "README.md"
+        text = re.sub(r"(?s)\|setting\|.*?(?=\n\n)", readme_table(runs), readme.read_text("utf-8"))
         readme.write_text(text, "utf-8")
 
 

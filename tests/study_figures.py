@@ -90,7 +90,7 @@ def draw_noise(axes, runs):
 
 def draw_hacking(axes, runs):
     for number, name in enumerate(row.name for row in TABLES["hacking"][0]):
-        kl, colour = f"KL {name.split()[-1]}", f"C{number}"
+        kl, colour = f"--kl-coef {name.split()[-1]}", f"C{number}"
         mean_curve(axes[0], runs, name, kl, color=colour)
         mean_curve(axes[1], runs, name, kl, metric="eval/shapes", color=colour)
     finish(axes[0], "trained reward (ignores the number of objects)", loc="lower right")
@@ -194,9 +194,9 @@ def draw_samplers(axes, runs):
         for (sde, level), style in zip(names, ("o-", "s-", "D-", "v-", "^--")):
             axis.plot(latent_std(sigmas, sde, level, count) / right, style, ms=4, label=f"{sde} {level}")
         forgotten = latent_std(sigmas, "flow", 0.7, count, score=False) / right
-        axis.plot(forgotten, "kx:", label="flow 0.7, no score term")
+        axis.plot(forgotten, "kx:", label="flow 0.7, no noise removed")
         axis.set_ylim(0.5, 2.8)
-        finish(axis, f"the first {count} of ten steps are random", "steps taken")
+        finish(axis, f"first {count} of 10 steps random", "steps taken")
         axis.set_ylabel("std of the latent / the right std" if count == 9 else "")
     end = (latent_std(sigmas, "dance", 3, 9) / right)[-1]
     axes[0].text(6.9, 2.6, f"dance 3 ends at {end:.0f}", color="C2", ha="right")
@@ -270,21 +270,21 @@ def draw_algorithms(axes, runs, steps=6):
             path(place, points, range(steps - 1))
             for x, size in ((0.05, 1.9), (2.05, 2.9)) if place else ():
                 axes[place].add_patch(FancyBboxPatch((x, y - 0.22), size, 0.44, "round,pad=0.03", fc="0.93"))
-    path(2, [(n, 3.4) for n in range(4)], ())  # it ends at the last branch point: its image is not scored
-    axes[2].text(0.1, 3.6, "trunk, ODE steps", fontsize=7.5, color="0.3")
-    for leave, low in ((0, 1.7), (3, -0.1)):
-        for y in (low, low + 0.45, low + 0.9):
-            path(2, [(leave, 3.4), *((n, y) for n in range(leave + 1, steps + 1))], [0])
-    groups = (0, 0, 3, "group"), (1, 0, 3, "group"), (2, 1.7, 2.6, "of\nstep 0"), (2, -0.1, 0.8, "of\nstep 3")
+    trunk = 1.75  # it ends at the last branch point: its image is not scored
+    path(2, [(n, trunk) for n in range(4)], ())
+    axes[2].text(3.15, trunk, "trunk, ODE steps", fontsize=7.5, color="0.3", va="center")
+    for leave, low in ((0, 2.5), (3, -0.1)):  # branches of step 0 above the trunk, of step 3 below it
+        for y in (low, low + 0.5, low + 1):
+            path(2, [(leave, trunk), *((n, y) for n in range(leave + 1, steps + 1))], [0])
+    groups = [(0, 0, 3, "group"), (1, 0, 3, "group")]
+    groups += [(2, 2.5, 3.5, "group of\nstep 0"), (2, -0.1, 0.9, "group of\nstep 3")]
     for place, low, high, text in groups:
         axes[place].plot(steps + np.array([0.15, 0.3, 0.3, 0.15]), [low, low, high, high], color="tab:blue")
         where = steps + 0.45, (low + high) / 2
         axes[place].text(*where, text, color="tab:blue", va="center", fontsize=7.5)
     axes[0].set_title("GRPO: every random step of an image\ngets the same advantage", fontsize=8.5)
     axes[1].set_title("GCPO: the steps of a chunk (box)\nshare one ratio", fontsize=8.5)
-    axes[2].set_title(
-        "TempFlow-GRPO: a branch has one\nrandom step, which gets all of its reward", fontsize=8.5
-    )
+    axes[2].set_title("TempFlow-GRPO: a branch has one\nrandom step, which gets all the credit", fontsize=8.5)
     for one in axes:
         one.set(xlim=(-0.3, steps + 2.1), ylim=(-0.5, 3.9), yticks=[], xticks=[0, steps])
         one.set_xticklabels(["noise", "image"])
