@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import cache
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -227,14 +228,11 @@ class Stats:
         metrics = dict.fromkeys(names.split())
         for name, parts in merged.items():
             values = torch.cat(parts)
+            metrics[name] = values.max().item() if name == "ratio_first_error" else values.mean().item()
             if name == "ratio":
-                metrics["ratio_mean"] = values.mean().item()
+                metrics["ratio_mean"] = metrics.pop("ratio")
                 metrics["ratio_min"] = values.min().item()
                 metrics["ratio_max"] = values.max().item()
-            elif name == "ratio_first_error":
-                metrics[name] = values.max().item()
-            else:
-                metrics[name] = values.mean().item()
         return metrics
 
 
@@ -325,14 +323,11 @@ class Flux(SD3):
         return not self.pipe.transformer.config.guidance_embeds
 
     def encode(self, prompts):
-        length = self.max_sequence_length
-        embeds, pooled, _ = self.pipe.encode_prompt(prompts, None, max_sequence_length=length)
-        return [embeds, pooled]
+        return list(self.pipe.encode_prompt(prompts, max_sequence_length=self.max_sequence_length)[:2])
 
     def positions(self, embeds, x):
         """Position ids of text and image tokens, the same for every prompt and latent."""
-        height, width = x.shape[2] // 2, x.shape[3] // 2
-        image = self.pipe._prepare_latent_image_ids(1, height, width, x.device, x.dtype)
+        image = self.pipe._prepare_latent_image_ids(1, x.shape[2] // 2, x.shape[3] // 2, x.device, x.dtype)
         return {"txt_ids": x.new_zeros(embeds.shape[1], 3), "img_ids": image}
 
     def predict(self, x, sigma, text, guidance):
@@ -395,10 +390,6 @@ class Flux2Klein(Flux):
 FAMILIES = {"StableDiffusion3Pipeline": SD3, "FluxPipeline": Flux, "Flux2KleinPipeline": Flux2Klein}
 
 
-def one_line(error):
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def model_index(model):
     """The model_index.json of a folder or repository. SystemExit if it is missing or not supported.
 
@@ -414,7 +405,7 @@ def model_index(model):
         family, scheduler = index["_class_name"], index["scheduler"][1]
     except (OSError, ValueError, KeyError) as error:  # misspelt, gated, no network, another folder
         hint = "check spelling and network; for a gated model accept its licence and run `hf auth login`"
-        fail(f"--model {model} is not a diffusers pipeline: {one_line(error)}; {hint}")
+        fail(f"--model {model} is not a diffusers pipeline: {error}; {hint}")
     known = family in FAMILIES and scheduler == "FlowMatchEulerDiscreteScheduler"
     hint = f"use one of {', '.join(FAMILIES)} with FlowMatchEulerDiscreteScheduler"
     require(known, f"--model {model} is a {family} with {scheduler}; {hint}")
@@ -434,13 +425,11 @@ def load_pipeline(model, dtype):
     options = {"use_safetensors": True, "trust_remote_code": False}  # never run code from a repository
     old = Version(diffusers.__version__) < Version("0.37")
     options["torch_dtype" if old else "dtype"] = DTYPES[dtype]
-    for name, value in model_index(model).items():
-        if isinstance(value, list) and value[0] is None:  # a part that was left out, such as SD3's T5
-            options[name] = None
+    left_out = {name: None for name, part in model_index(model).items() if part == [None, None]}  # SD3's T5
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(model, **options)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(model, **options, **left_out)
     except (OSError, ValueError, ImportError) as error:
-        fail(f"--model {model} cannot be loaded: {one_line(error)}")
+        fail(f"--model {model} cannot be loaded: {error}")
     family = FAMILIES[type(pipe).__name__]
     for part, wanted in ((pipe.transformer, family.transformer_class), (pipe.vae, family.vae_class)):
         found = type(part).__name__
@@ -463,13 +452,12 @@ class Policy:
 
     Only the adapter is trained, in float32; everything else is frozen, in its own dtype. `velocity` is the
     only path to the network: rollout, training, reference and evaluation all use it. ema_every: optimizer
-    steps between updates of the moving average. max_sequence_length: T5 tokens, if different from the
-    family's.
+    steps between updates of the moving average.
     """
 
     def __init__(
         self, pipe, resolution, guidance=1.0, micro_batch=1, lora_rank=32, lora_alpha=64.0, ema_decay=0.0,
-        ema_every=1, device="cuda", seed=0, gradient_checkpointing=False, max_sequence_length=None,
+        ema_every=1, device="cuda", seed=0, gradient_checkpointing=False,
     ):  # fmt: skip
         from diffusers.training_utils import EMAModel, cast_training_params
         from peft import LoraConfig
@@ -477,8 +465,6 @@ class Policy:
         pipe.set_progress_bar_config(disable=True)
         self.pipe, self.transformer, self.device = pipe, pipe.transformer, torch.device(device)
         self.family = FAMILIES[type(pipe).__name__](pipe)
-        if max_sequence_length is not None:
-            self.family.max_sequence_length = max_sequence_length
         self.shape = self.family.latent_shape(resolution)
         self.resolution, self.guidance, self.micro_batch = resolution, guidance, micro_batch
         self.velocity_evals = 0  # counted by velocity
@@ -488,14 +474,12 @@ class Policy:
             torch.set_float32_matmul_precision("high")
         # cuDNN's attention is off: FLUX.1's backward pass accessed illegal memory with it (H200, torch 2.11)
         torch.backends.cuda.enable_cudnn_sdp(False)
-        self.encoders = torch.nn.ModuleList()
-        for name, part in pipe.components.items():
-            if name.startswith("text_encoder") and part is not None:
-                self.encoders.append(part)
-        for part in (pipe.vae, pipe.transformer, self.encoders):
+        encoders = [part for name, part in pipe.components.items() if name.startswith("text_encoder")]
+        self.encoders = torch.nn.ModuleList(part for part in encoders if part is not None)
+        self.networks = torch.nn.ModuleList([pipe.transformer, pipe.vae])
+        for part in (self.networks, self.encoders):
             part.requires_grad_(False).eval()
-        pipe.vae.to(self.device)
-        pipe.transformer.to(self.device)
+        self.networks.to(self.device)
         torch.manual_seed(seed)  # for LoRA's A; its B is zero, so the first policy is the base model
         config = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=self.family.targets)
         self.transformer.add_adapter(config)
@@ -503,9 +487,7 @@ class Policy:
         self.parameters = [p for p in self.transformer.parameters() if p.requires_grad]
         for parameter in self.parameters:  # a process without anything to train adds zeros
             parameter.grad = torch.zeros_like(parameter)
-        self.ema, self.ema_every = None, ema_every
-        if ema_decay > 0:
-            self.ema = EMAModel(self.parameters, ema_decay)
+        self.ema, self.ema_every = EMAModel(self.parameters, ema_decay), ema_every  # not used if decay is 0
         # The loss is averaged over the latent's elements and the update's transitions (for example 1,024), so
         # its gradients are tiny: they would be 0 in a float16 network. So the loss is multiplied by a power
         # of two, which changes no digit.
@@ -532,8 +514,7 @@ class Policy:
     def compile(self, text):
         """Compile the transformer's blocks for this micro_batch; if that fails, continue without."""
         print("compiling, about a minute")
-        if not self.transformer._repeated_blocks:  # SD3's class names its blocks in _no_split_modules only
-            self.transformer._repeated_blocks = self.transformer._no_split_modules
+        self.transformer._repeated_blocks = self.transformer._no_split_modules  # SD3 has only the second name
         self.transformer.compile_repeated_blocks(dynamic=False)
         self.compiled = True
         try:
@@ -541,16 +522,15 @@ class Policy:
         except Exception as error:  # no Triton, no C compiler, no headers
             self.compiled = False
             torch.compiler.set_stance("force_eager")
-            print(f"not compiled: {one_line(error)[:200]}")
+            print("not compiled:", " ".join(str(error).split())[:200])
 
     def fits(self, rows, reserved, text):
         """Whether training and decoding of so many latents fit on the GPU beside `reserved` bytes."""
         torch.cuda.empty_cache()
         try:
             ballast = torch.empty(reserved, dtype=torch.uint8, device=self.device)  # held during the trial
-            latents = self.training_call(rows, text)
-            self.decode(latents)
-            del ballast, latents
+            self.decode(self.training_call(rows, text))
+            del ballast
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
@@ -588,22 +568,19 @@ class Policy:
         wait on the CPU. Each list is encoded in its own groups of eight, so the result does not depend on the
         other lists.
         """
-        self.transformer.to("cpu")
-        self.pipe.vae.to("cpu")
+        self.networks.to("cpu")
         torch.cuda.empty_cache()
         self.encoders.to(self.device)
         texts = []
         for prompts in batches:
             unique = list(dict.fromkeys([*prompts, ""]))
-            groups = [unique[start : start + 8] for start in range(0, len(unique), 8)]
-            encoded = [self.family.encode(group) for group in groups]
+            encoded = [self.family.encode(unique[n : n + 8]) for n in range(0, len(unique), 8)]
             row = torch.tensor([unique.index(prompt) for prompt in [*prompts, ""]])
             # encoded: [embeds, pooled] of each group; zip gives all groups' embeds, then all groups' pooled
             texts.append([torch.cat(parts).cpu()[row] for parts in zip(*encoded)])
         self.encoders.to("cpu")
         torch.cuda.empty_cache()
-        self.transformer.to(self.device)
-        self.pipe.vae.to(self.device)
+        self.networks.to(self.device)
         return texts
 
     def velocity(self, x, sigma, text, prompt_index, fill=True):
@@ -652,11 +629,9 @@ class Policy:
 
         Shows a progress bar. The tensors have equally many rows, perhaps none.
         """
-        batches = []
-        if len(tensors[0]) > 0:  # split would make one part of no rows
-            parts = [rows.to(self.device).split(self.micro_batch) for rows in tensors]
-            batches = list(zip(*parts))
-        return progress(batches, "micro-batches")
+        tensors = [rows.to(self.device) for rows in tensors]
+        for start in progress(range(0, len(tensors[0]), self.micro_batch), "micro-batches"):
+            yield [rows[start : start + self.micro_batch] for rows in tensors]
 
     def sigmas(self, steps):
         """(steps + 1,) noise levels of the pipeline's own scheduler, from 1 to 0."""
@@ -700,9 +675,7 @@ class Policy:
         return norm
 
     def update_ema(self):
-        """Update the moving average of the weights, if there is one. Call after each optimizer step."""
-        if self.ema is None:
-            return
+        """Update the moving average of the weights. Call after each optimizer step."""
         if (self.ema.optimization_step + 1) % self.ema_every == 0:
             self.ema.step(self.parameters)
         else:
@@ -711,7 +684,7 @@ class Policy:
     @contextlib.contextmanager
     def ema_weights(self):
         """Inside, the weights are replaced by their moving average, once it has taken a step."""
-        average = self.ema is not None and self.ema.optimization_step >= self.ema_every
+        average = self.ema.decay > 0 and self.ema.optimization_step >= self.ema_every
         if average:
             self.ema.store(self.parameters)
             self.ema.copy_to(self.parameters)
@@ -759,13 +732,12 @@ def make_policy(args, trajectories):
         device=args.device,
         seed=args.seed,
         gradient_checkpointing=args.gradient_checkpointing,
-        max_sequence_length=0 if args.model == "tiny" else None,  # trained without T5 tokens
     )
+    if args.model == "tiny":
+        policy.family.max_sequence_length = 0  # trained without T5 tokens
     if policy.family.distilled:
-        print(
-            "This model is distilled: it has no guidance, so --guidance does nothing, and it is made for few"
-        )
-        print("steps. Its authors' setting is 4: --steps 4 --eval-steps 4.")
+        print("This model is distilled: it has no guidance, so --guidance does nothing, and it is made for")
+        print("few steps. Its authors' setting is 4: --steps 4 --eval-steps 4.")
     return policy
 
 
@@ -773,9 +745,7 @@ def make_policy(args, trajectories):
 
 
 def join_processes(device):
-    """Join the processes that torchrun started, if any; then only the first prints. SystemExit if the device
-    cannot be used.
-    """
+    """Join torchrun's processes, if any; only the first prints. SystemExit if the device cannot be used."""
     cuda = device.startswith("cuda")
     options = {}
     if cuda and "LOCAL_RANK" in os.environ:
@@ -791,7 +761,7 @@ def join_processes(device):
         if device.startswith("cuda:"):  # so that memory is measured there, too
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
-        fail(f"--device {device} cannot be used: {one_line(error)}; try cpu")
+        fail(f"--device {device} cannot be used: {error}; try cpu")
 
 
 def my_rows(rows):
@@ -831,17 +801,15 @@ def score(policy, reward, latents, prompts, at_once=64):
     Returns scores (N,), and {name: scores (N,)} of the reward's parts.
     """
     size = math.ceil(at_once / policy.micro_batch) * policy.micro_batch
-    scores, parts, start = [], {}, 0
+    results, start = [], 0
     while start < len(latents):
         stop = start + size
         while stop < len(latents) and prompts[stop] == prompts[stop - 1]:
             stop += 1  # a reward may compare the images of a prompt, as vlm does
-        total_scores, named = reward(policy.decode(latents[start:stop]), prompts[start:stop])
-        scores.append(total_scores)
-        for name, values in named.items():
-            parts.setdefault(name, []).append(values)
+        results.append(reward(policy.decode(latents[start:stop]), prompts[start:stop]))
         start = stop
-    return torch.cat(scores), {name: torch.cat(values) for name, values in parts.items()}
+    scores, parts = zip(*results)
+    return torch.cat(scores), {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def reward_metrics(rewards, parts, group_size, zero_std_groups):
@@ -875,10 +843,9 @@ def save_pictures(images, captions, folder, iteration, size=192, columns=4):
     while len(tiles) % columns != 0:
         tiles.append(Image.new("RGB", tiles[0].size, "white"))
     make_image_grid(tiles, len(tiles) // columns, columns).save(folder / f"{iteration}.png")
-    if not (folder / "0.png").exists():  # it was deleted: nothing to compare with
-        return
-    both = [ImageOps.expand(Image.open(folder / f"{n}.png"), 6, "grey") for n in (0, iteration)]
-    make_image_grid(both, rows=1, cols=2).save(folder / "compare.png")
+    if (folder / "0.png").exists():  # unless it was deleted
+        both = [ImageOps.expand(Image.open(folder / f"{n}.png"), 6, "grey") for n in (0, iteration)]
+        make_image_grid(both, rows=1, cols=2).save(folder / "compare.png")
 
 
 def plot_progress(lines, path):
@@ -923,8 +890,7 @@ class Run:
         self.folder = Path(args.output)
         self.lines = []
         self.texts = {}  # {iteration: (prompts, text)}
-        self.seconds = {}  # {phase_s: seconds}
-        self.phase_start = None  # (name of the phase, its start)
+        self.phases = []  # (name, start) of this iteration's phases
         self.header = "iteration    reward evaluated   clipped  gradient\n"  # above the first row only
         config = run_config(args)  # keeps the tracker's id of the config.json that is replaced below
         if args.resume:
@@ -945,7 +911,7 @@ class Run:
                 lines = "".join(json.dumps(line) + "\n" for line in self.lines)
                 write(self.folder / "metrics.jsonl", lines.encode())
             except OSError as error:
-                fail(f"--output {self.folder} cannot be written: {one_line(error)}")
+                fail(f"--output {self.folder} cannot be written: {error}")
             if args.log_with:
                 self.tracker = start_tracker(args, config["tracker_id"])
 
@@ -974,11 +940,7 @@ class Run:
         """End the previous phase and begin another. The seconds of each are logged as <phase>_s."""
         if self.policy.device.type == "cuda":
             torch.cuda.synchronize()
-        now = time.perf_counter()
-        if self.phase_start is not None:
-            before, start = self.phase_start
-            self.seconds[f"{before}_s"] = round(now - start, 3)
-        self.phase_start = None if name is None else (name, now)
+        self.phases.append((name, time.perf_counter()))
 
     @torch.no_grad()
     def evaluate(self, iteration, tuned_share=1.0):
@@ -1004,11 +966,8 @@ class Run:
         parts = {name: gather(values) for name, values in parts.items()}
         if PartialState().is_main_process:
             if iteration == 0:
-                for line in self.reward.self_check(prompts, parts, args.resolution):
-                    print(line)
-            shown = list(range(0, len(prompts), args.eval_seeds))[
-                :16
-            ]  # one image for each of the first 16 prompts
+                self.reward.self_check(prompts, parts, args.resolution)
+            shown = list(range(0, len(prompts), args.eval_seeds))[:16]  # one image of each of 16 prompts
             images = policy.decode(latents[shown].to(policy.device)).cpu()
             captions = [f"{scores[n]:.2f}  {prompts[n]}" for n in shown]
             save_pictures(images, captions, self.folder / "samples", iteration)
@@ -1021,7 +980,9 @@ class Run:
         Metrics are written before the checkpoint, so a crash loses none; resuming drops newer lines.
         """
         self.phase(None)
-        metrics |= self.seconds
+        for (name, start), (_, end) in pairwise(self.phases):
+            metrics[f"{name}_s"] = round(end - start, 3)
+        self.phases = []
         images_before = self.lines[-1]["images"] if self.lines else 0
         metrics["images"] = images_before + metrics.get("images", 0)
         metrics["velocity_evals"] = total(self.policy.velocity_evals)
@@ -1032,7 +993,7 @@ class Run:
             if isinstance(value, float) and not math.isfinite(value):  # JSON has no such numbers
                 metrics[name] = None
         self.lines.append(metrics)
-        self.seconds, iteration = {}, metrics["iteration"]
+        iteration = metrics["iteration"]
         if not PartialState().is_main_process:
             return
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
@@ -1046,12 +1007,11 @@ class Run:
 
     def save(self):
         """Write the checkpoint: all that load needs."""
-        ema = self.policy.ema
         state = {
             "lines": self.lines,
             "lora": self.policy.lora(),
             "optimizer": self.optimizer.state_dict(),
-            "ema": None if ema is None else ema.state_dict(),
+            "ema": self.policy.ema.state_dict(),
         }
         buffer = io.BytesIO()  # written to a file directly, a full disk is no OSError
         torch.save(state, buffer)
@@ -1066,45 +1026,38 @@ class Run:
             state = torch.load(path, map_location="cpu", weights_only=True)
             self.lines, adapter, ema = state["lines"], state["lora"], state["ema"]
         except Exception as error:  # missing and damaged files raise errors of many kinds
-            fail(f"{path} cannot be resumed: {one_line(error)}; start a new run")
+            fail(f"{path} cannot be resumed: {error}; start a new run")
         differ = sorted(adapter.keys() ^ policy.lora().keys())
         problem = f"{len(differ)} weights are only in one of adapter and model: {differ[:1]}"
         require(not differ, f"{path} cannot be resumed: {problem}; start a new run")
         if PartialState().is_main_process:  # the stored number is the sum over processes
             policy.velocity_evals = self.lines[-1]["velocity_evals"]
         set_peft_model_state_dict(policy.transformer, adapter)
+        policy.ema.load_state_dict(ema | {"decay": self.args.ema_decay})
+        policy.ema.to(policy.device)
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:  # load_state_dict restored the old one
             group["lr"] = self.args.learning_rate
-        if policy.ema is not None and ema is not None:
-            policy.ema.load_state_dict(ema | {"decay": self.args.ema_decay})
-            policy.ema.to(policy.device)
-        elif policy.ema is not None:  # a new average, of the weights as they are now
-            policy.ema.shadow_params = [parameter.detach().clone() for parameter in policy.parameters]
 
     def show(self, metrics):
         """Show an iteration in the terminal, in samples/progress.png if evaluated, in the tracker."""
         iteration, error = metrics["iteration"], metrics.get("ratio_first_error")
         if error is not None and error > 1e-5:  # a tenth of the default clip range; it should be 0
-            tqdm.write(
-                f"warning: before any update the ratio differs from 1 by {error:.1e}: rollout and training"
-            )
-            tqdm.write("disagree, so later ratios are wrong as well. Try --no-compile and another --dtype.")
+            tqdm.write(f"warning: before any update the ratio differs from 1 by {error:.1e}: rollout and")
+            tqdm.write("training disagree, so later ratios are wrong. Try --no-compile and another --dtype.")
         clipped = None
         if metrics.get("clip_low") is not None:
             clipped = metrics["clip_low"] + metrics["clip_high"]
         values = metrics.get("reward_mean"), metrics.get("eval_reward"), clipped, metrics.get("grad_norm")
         row = f"{self.header}{iteration:9d}"
-        for value, digits in zip(values, (".4f", ".4f", ".1%", ".1e")):
-            cell = "" if value is None else format(value, digits)
-            row += f"{cell:>10}"
+        for value, digits in zip(values, ("10.4f", "10.4f", "10.1%", "10.1e")):
+            row += " " * 10 if value is None else format(value, digits)
         tqdm.write(row)
         self.header = ""
         if "eval_reward" in metrics:
             plot_progress(self.lines, self.folder / "samples" / "progress.png")
         if self.tracker is not None:
-            picture = self.folder / "samples" / f"{iteration}.png" if "eval_reward" in metrics else None
-            log_to_tracker(self.tracker, metrics, picture)
+            log_to_tracker(self.tracker, metrics, self.folder / "samples" / f"{iteration}.png")
 
     def summary(self):
         """Print two lines: the results of the run, and its files."""
@@ -1115,10 +1068,8 @@ class Run:
         if not scores:
             return
         best = max(scores, key=scores.get)
-        minutes = 0.0
-        for line in self.lines:
-            for phase in ("rollout", "reward", "train", "eval"):
-                minutes += line.get(f"{phase}_s", 0.0) / 60
+        phases = ("rollout_s", "reward_s", "train_s", "eval_s")
+        minutes = sum(line.get(phase, 0.0) for line in self.lines for phase in phases) / 60
         last, evals = scores[max(scores)], self.lines[-1]["velocity_evals"]
         results = f"eval_reward {base:.3f} -> {last:.3f}, best {scores[best]:.3f} at {best}"
         print(f"{results}; {minutes:.1f} minutes, {evals:,} velocity evaluations")
@@ -1156,13 +1107,13 @@ def start_tracker(args, tracker_id):
 
 
 def log_to_tracker(tracker, metrics, picture):
-    """Send the numbers of an iteration, and a file with pictures if there is one."""
+    """Send the numbers of an iteration, and its pictures (a file) if it was evaluated."""
     from PIL import Image
 
     numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
     step = None if tracker.name == "wandb" else metrics["iteration"]
     tracker.log(numbers, step=step)
-    if picture is not None and hasattr(tracker, "log_images"):
+    if "eval_reward" in metrics and hasattr(tracker, "log_images"):
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         with Image.open(picture) as grid:
             tracker.log_images({"samples": numpy.asarray(grid)[None]}, step=step, **layout)
@@ -1210,14 +1161,27 @@ def parse_args(script, args_class, defaults, argv=None):
     import tyro
 
     first = ArgumentParser(add_help=False, allow_abbrev=False)  # options that decide the other defaults
-    for name in ("model", "prompts", "resume", "sde", "device", "output"):
+    for name in ("model", "prompts", "resume", "sde", "device"):
         first.add_argument(f"--{name}")
     given, _ = first.parse_known_args(argv)
     stored = {} if given.resume is None else resumed_settings(script, args_class, given.resume)
+    settings = default_settings(args_class, defaults, given, stored)
+    model = Path(settings["model"]).name
+    shown = f"Defaults are those of the model {model}; --model NAME --help shows another model's."
+    about, default = f"{args_class.__doc__}\n\n{shown}", args_class(**settings)
+    args = tyro.cli(args_class, default=default, args=argv, prog=f"{script}.py", description=about)
+    args.script = script  # not a setting, so not in asdict(args)
+    if args.output is None:
+        args.output = f"runs/{script}-{model}-{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    check_args(args, stored)
+    return args
+
+
+def default_settings(args_class, defaults, given, stored):
+    """The settings of a run to which no more options are given; stored: those of the run to resume."""
     device = given.device or stored.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.startswith("cuda")
     join_processes(device)
-
     model = given.model or stored.get("model")
     if model is None:
         model = "stabilityai/stable-diffusion-3.5-medium" if given.prompts and cuda else "tiny"
@@ -1237,41 +1201,33 @@ def parse_args(script, args_class, defaults, argv=None):
     # with another sampler comes its noise level, unless --noise-level is given; tyro reports an unknown --sde
     if given.sde in noise_levels and given.sde != args_class(**settings).sde:
         settings["noise_level"] = noise_levels[given.sde]
-    shown = f"Defaults are those of the model {Path(model).name}; --model NAME --help shows another model's."
-    args = tyro.cli(
-        args_class,
-        default=args_class(**settings),
-        args=argv,
-        prog=f"{script}.py",
-        description=f"{args_class.__doc__}\n\n{shown}",
-    )
+    return settings
 
-    args.script = script  # not a setting, so not in asdict(args)
-    args.model = absolute(model)
-    if args.output is None:
-        now = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-        args.output = f"runs/{script}-{Path(model).name}-{args.seed}-{now}"
-    args.output = str(Path(os.path.expanduser(args.output)).absolute())
+
+def check_args(args, stored):
+    """SystemExit for settings that cannot be used. Makes paths absolute.
+
+    A reward may change the working directory, and a run may be resumed from another one.
+    """
+    folder = Path(os.path.expanduser(args.output)).absolute()
+    allowed = args.resume or not (folder / "checkpoint.pt").exists()
+    require(allowed, f"--output {args.output} already holds a run; give another, or --resume it")
+    args.output, args.model = str(folder), absolute(args.model)
     for name in ("lora_rank", "lora_alpha", "output"):
         same = name not in stored or getattr(args, name) == stored[name]
         require(same, f"--resume cannot change --{name.replace('_', '-')}; start a new run")
-    require(args.prompts or family == "tiny", "a model other than tiny needs --prompts FILE")
+    require(args.prompts or args.model == "tiny", "a model other than tiny needs --prompts FILE")
     check_numbers(args)
-    # a reward may change the working directory, and a run may be resumed from another one
     args.prompts, args.eval_prompts = absolute(args.prompts), absolute(args.eval_prompts)
     args.reward, args.eval_reward = absolute_files(args.reward), absolute_files(args.eval_reward)
     read_prompts(args.prompts)  # errors in files are reported before a model is loaded
     held_out_prompts(args)
-    holds_run = Path(args.output, "checkpoint.pt").exists()
-    problem = f"--output {given.output} already holds a run; give another, or --resume it"
-    require(args.resume or not holds_run, problem)
     if args.log_with is not None:
         from accelerate.tracking import get_available_trackers
 
         installed = [tracker.value for tracker in get_available_trackers()]
         hint = f"installed are: {', '.join(installed) or 'none'}; pip install {args.log_with}"
         require(args.log_with in installed, f"--log-with {args.log_with} is unknown or not installed; {hint}")
-    return args
 
 
 def require(condition, message):
@@ -1282,7 +1238,7 @@ def require(condition, message):
 
 def fail(message):
     """End the script with a one-line message."""
-    raise SystemExit(f"error: {message}")
+    raise SystemExit("error: " + " ".join(message.split()))
 
 
 def absolute(path):
@@ -1313,7 +1269,7 @@ def resumed_settings(script, args_class, folder):
         owner, settings = config["script"], config["settings"]
         differ = sorted(settings.keys() ^ args_class.__dataclass_fields__.keys())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        fail(f"--resume {folder} is not a run folder: {one_line(error)}")
+        fail(f"--resume {folder} is not a run folder: {error}")
     require(owner == script, f"--resume {folder} is a run of {owner}.py; start a new run")
     require(not differ, f"--resume {folder} is of another version, with other settings: {', '.join(differ)}")
     return settings | {"resume": str(folder), "output": str(folder)}
@@ -1329,8 +1285,7 @@ def check_numbers(args):
         if isinstance(value, int | float) and not isinstance(value, bool):
             low, high = lowest.get(name, 1e-30), highest.get(name, 2**31)  # 1e-30 stands for "over 0"
             limits = f"{'over 0' if low == 1e-30 else f'at least {low}'} and at most {high}"
-            fits = low <= value <= high  # false for nan
-            require(fits, f"--{name.replace('_', '-')} {value} must be {limits}")
+            require(low <= value <= high, f"--{name.replace('_', '-')} {value} must be {limits}")  # nan fails
 
 
 @cache
@@ -1344,7 +1299,7 @@ def read_prompts(path):
     try:
         lines = file.read_text("utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else f"not UTF-8 text: {one_line(error)}"
+        why = error.strerror if isinstance(error, OSError) else f"not UTF-8 text: {error}"
         fail(f"prompts file {file}: {why}")
     prompts = []
     for number, line in enumerate(lines, 1):
@@ -1365,8 +1320,7 @@ def read_prompts(path):
 
 def held_out_prompts(args):
     """The prompts of evaluations, at most 64: --eval-prompts, else --prompts, else tiny's held-out ones."""
-    tiny = str(TINY / "eval_prompts.txt") if args.prompts is None else None
-    return read_prompts(args.eval_prompts or args.prompts or tiny)[:64]
+    return read_prompts(args.eval_prompts or args.prompts or str(TINY / "eval_prompts.txt"))[:64]
 
 
 def parse_sde_steps(args):
@@ -1427,8 +1381,7 @@ def split_batch(args, each, group):
 def print_plan(args, sigmas, s, sde_steps, batch, weight=None):
     """Print the batch arithmetic and a table of steps. batch: what is scored; weight: (T - 1,) of steps."""
     print(f"{args.iterations} iterations of {batch} in {args.updates_per_iteration} updates")
-    if weight is None:
-        weight = torch.ones_like(s)
+    weight = torch.ones_like(s) if weight is None else weight
     print("step   sigma   Delta       s     std  weight")
     for n, delta in enumerate(-sigmas.diff()):
         random = f"{s[n]:6.4f}  {s[n] * delta.sqrt():6.4f}  {weight[n]:6.4f}" if n in sde_steps else "ODE"

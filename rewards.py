@@ -528,11 +528,7 @@ def geneval(images, prompts, model=DETECTOR, clip=CLIP, size=800, device=None, b
     return torch.tensor(scores)
 
 
-def geneval_graded(images, prompts, model=DETECTOR, clip=CLIP, size=800, device=None, batch=8):
-    """geneval by degrees, as [FG] trains on it: see judge_graded."""
-    return geneval(images, prompts, model, clip, size, device, batch, judge_graded)
-
-
+geneval_graded = partial(geneval, verdict=judge_graded)  # by degrees, as [FG] trains on it
 geneval.reads = geneval_graded.reads = parse_geneval
 
 
@@ -671,16 +667,14 @@ class Reward:
         return scores
 
     def self_check(self, prompts, parts, size):
-        """One line per part of this reward, comparing the scores of images (in parts) with those of noise."""
-        lines = []
+        """Print a line per part of this reward: the scores of images (in parts) beside those of noise."""
         _, noise_parts = self(self.noise(4, size), (prompts * 4)[:4])
         for name in self.functions:
             images, noise = parts[name], noise_parts[name].mean()
             result = "the images score higher" if images.mean() > noise else "the images do not score higher"
             if len(images) > 1 and images.unique().numel() == 1:
                 result = "all images score the same, and equal scores teach nothing"
-            lines.append(f"reward {name}: {images.mean():.4g} for images, {noise:.4g} for noise; {result}")
-        return lines
+            print(f"reward {name}: {images.mean():.4g} for images, {noise:.4g} for noise; {result}")
 
 
 @cache

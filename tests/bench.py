@@ -236,7 +236,7 @@ def plan(module, args, model, memory, rate, tiny=False):
         "reward": ("decode", [does.images]),
         "train": ("train", does.train),
     }
-    stays = m.network + m.adapter * (3 + (args.ema_decay > 0))  # with gradient, AdamW's two, average
+    stays = m.network + m.adapter * 4  # with gradient, AdamW's two, average
     stays += m.latent * does.latents + SCORE_BYTES - offload
     pictures = 2 * min(64, does.images) * 12 * args.resolution**2  # two copies of what common.score holds
 
@@ -250,7 +250,7 @@ def plan(module, args, model, memory, rate, tiny=False):
 
     # as in Policy.fit_micro_batch: before the first iteration, so without AdamW's states and the latents
     kept = m.latent * (1 + 3 * common.parse_sde_steps(args)[1]) * does.trajectories
-    resident = m.network + m.adapter * (2 + (args.ema_decay > 0)) + SCORE_BYTES - offload
+    resident = m.network + m.adapter * 3 + SCORE_BYTES - offload
     room = memory - CONTEXT - resident - max(kept, memory / 10)
     call, largest = max(m.calls["train"][2], m.calls["decode"][2]) / 2, does.trajectories
     while largest > 0 and largest * call > room:

@@ -300,12 +300,13 @@ def test_loading_reads_every_prompt_and_then_scores_two_pictures(register):
 # ---------------------------------------------------------------- the self-check
 
 
-def test_self_check_compares_with_noise(register):
+def test_self_check_compares_with_noise(register, capsys):
     """A strict reward may be 0 for all pictures of the base model's evaluation and still be learned."""
     register("bright", lambda images, prompts: images.mean((1, 2, 3)))
     register("strict", lambda images, prompts: [0.0] * len(prompts))
     reward, prompts = get_reward("bright=0.1,jpeg_incompressibility,strict"), list("abcde")
-    bright, size, strict = reward.self_check(prompts, reward(0.85 + 0.1 * noise(5), prompts)[1], 24)
+    reward.self_check(prompts, reward(0.85 + 0.1 * noise(5), prompts)[1], 24)
+    bright, size, strict = capsys.readouterr().out.splitlines()
     assert re.fullmatch(
         r"reward bright: 0[.](9|89)\d* for images, 0[.][45]\d* for noise; the images score higher", bright
     )
