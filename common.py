@@ -21,7 +21,7 @@ import time
 import traceback
 import uuid
 from argparse import ArgumentParser
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, make_dataclass
 from datetime import datetime
 from functools import cache
 from importlib.metadata import version
@@ -1122,31 +1122,41 @@ def log_to_tracker(tracker, metrics, picture):
 # ---------------------------------------------------------------- the command line
 
 
-@dataclass
-class Args:
-    """Settings shared by all scripts; comments are help texts. parse_args sets what depends on the model."""
+# Settings shared by all scripts; comments are help texts. default_settings sets what depends on the model.
 
+
+@dataclass
+class RunArgs:
     prompts: str | None = None  # text file with one prompt per line, or .jsonl; None: the tiny model's own
-    model: str | None = None  # diffusers repository or folder, or tiny
     reward: str | None = None  # name, FILE.py:FUNCTION, or weighted sum such as pickscore=0.7,ocr=0.3
+    reward_offload: bool = False  # move reward models to the CPU while they are not scoring
     output: str | None = None  # run folder; None: runs/SCRIPT-MODEL-SEED-TIME
     resume: str | None = None  # run folder to resume; other options override its settings
     seed: int = 0  # random seed of the training
     device: str | None = None  # cuda, cuda:N or cpu
+    save_every: int = 1  # iterations between checkpoints
+    log_with: str | None = None  # also log to wandb, tensorboard or another tracker that accelerate knows
+
+
+@dataclass
+class ModelArgs:
+    model: str | None = None  # diffusers repository or folder, or tiny
+    resolution: int = 512  # pixels per side
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # dtype of the frozen weights
     compile: bool = False  # compile the transformer's blocks
     gradient_checkpointing: bool = False  # less memory, training takes a third longer
     micro_batch: int = 3  # latents per forward pass; 0: as many as fit on the GPU (CPU: 1)
     lora_rank: int = 32  # LoRA rank
     lora_alpha: float = 64.0  # LoRA alpha; the adapter is scaled by alpha / rank
+
+
+@dataclass
+class EvaluationArgs:
     eval_prompts: str | None = None  # evaluation prompts (64 at most); None: --prompts, or the tiny model's
     eval_every: int = 30  # iterations between evaluations
     eval_steps: int = 40  # ODE steps of an evaluation
     eval_seeds: int = 1  # images per prompt in an evaluation
     eval_reward: str | None = None  # more rewards for evaluation, logged as eval/<name>, not trained
-    reward_offload: bool = False  # move reward models to the CPU while they are not scoring
-    save_every: int = 1  # iterations between checkpoints
-    log_with: str | None = None  # also log to wandb, tensorboard or another tracker that accelerate knows
 
 
 NOISE_LEVELS = {"flow": 0.7, "dance": 0.3, "cps": 0.8, "precise": 1.5}  # [FG], [DG], [CPS], [PR]
@@ -1158,8 +1168,6 @@ def parse_args(script, args_class, defaults, argv=None):
     script: its name. defaults: {"tiny": {...}, "sd3": {...}}, settings of a model that differ from the class
     defaults. With --resume the settings of that run are the defaults.
     """
-    import tyro
-
     first = ArgumentParser(add_help=False, allow_abbrev=False)  # options that decide the other defaults
     for name in ("model", "prompts", "resume", "sde", "device"):
         first.add_argument(f"--{name}")
@@ -1168,13 +1176,32 @@ def parse_args(script, args_class, defaults, argv=None):
     settings = default_settings(args_class, defaults, given, stored)
     model = Path(settings["model"]).name
     shown = f"Defaults are those of the model {model}; --model NAME --help shows another model's."
-    about, default = f"{args_class.__doc__}\n\n{shown}", args_class(**settings)
-    args = tyro.cli(args_class, default=default, args=argv, prog=f"{script}.py", description=about)
+    about = f"{args_class.__doc__}\n\n{shown}"
+    args = parse_in_groups(args_class(**settings), argv, prog=f"{script}.py", description=about)
     args.script = script  # not a setting, so not in asdict(args)
     if args.output is None:
         args.output = f"runs/{script}-{model}-{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
     check_args(args, stored)
     return args
+
+
+def parse_in_groups(default, argv, **options):
+    """The command line as a dataclass like `default`. Each class that it inherits from is a box in --help."""
+    import tyro
+
+    boxes, values = {}, {}  # {title: class}, {title: its settings}
+    for group in type(default).__bases__:
+        title = group.__name__.removesuffix("Args").lower() or "script"
+        boxes[title] = tyro.conf.OmitArgPrefixes[group]
+        values[title] = group(**{field.name: getattr(default, field.name) for field in fields(group)})
+    nested = make_dataclass("Settings", boxes.items())
+    parsed = tyro.cli(nested, default=nested(**values), args=argv, **options)
+    flat = {}
+    for group in vars(parsed).values():
+        flat |= vars(group)
+    lost = [field.name for field in fields(default) if field.name not in flat]
+    require(not lost, f"{lost} must be in a class that {type(default).__name__} inherits from")
+    return type(default)(**flat)
 
 
 def default_settings(args_class, defaults, given, stored):

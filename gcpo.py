@@ -23,26 +23,31 @@ from rewards import get_reward
 
 
 @dataclass
-class Args(common.Args):
-    """Train a text-to-image model by GCPO. Example: python gcpo.py --prompts data.txt --reward pickscore"""
-
+class RolloutArgs:
     iterations: int = 210  # rounds of rollout and update
     prompts_per_iteration: int = 16  # P, prompts per rollout
     group_size: int = 16  # G, images per prompt
-    updates_per_iteration: int = 2  # U, optimizer steps per rollout, each on different images
     steps: int = 10  # T, sampling steps
     sde_steps: str = "early"  # which steps are random and trained: all, early (first half) or 2,3,4
     sde: Literal["flow", "dance", "cps", "precise"] = "flow"  # sampler, how random steps add noise
     noise_level: float = 0.7  # noise level of random steps: a for flow, eta for the others
     guidance: float = 1.0  # classifier-free guidance, off at 1
-    resolution: int = 512  # pixels per side
     shared_noise: bool = False  # one initial noise for a whole group, as in DanceGRPO
-    # GCPO: how trajectories are cut into chunks, and which chunks are trained
+
+
+# GCPO: how trajectories are cut into chunks, and which chunks are trained
+@dataclass
+class ChunkArgs:
     chunks: str = "adaptive"  # adaptive, halves (of --sde-steps), or a list of sizes 2,3,4
     chunk_max: int = 4  # largest size of an adaptive chunk
     chunk_fraction: float = 0.5  # fraction of each trajectory's chunks that are trained
     weighted_sampling: bool = False  # prefer chunks that change the latent more (L1rel)
     eval_hybrid: float = 1.0  # fraction of evaluation steps, the first ones, that use the adapter
+
+
+@dataclass
+class UpdateArgs:
+    updates_per_iteration: int = 2  # U, optimizer steps per rollout, each on different images
     learning_rate: float = 3e-4  # AdamW learning rate
     clip_range: float = 1e-4  # the ratio is clipped to 1 +- clip_range
     adv_clip: float = 5.0  # advantages are clipped to +- adv_clip
@@ -51,6 +56,11 @@ class Args(common.Args):
     max_grad_norm: float = 1.0  # gradient clipping: larger norms are scaled down to this norm
     ema_decay: float = 0.9  # EMA decay of the adapter's weights, off at 0
     ema_every: int = 8  # optimizer steps between updates of the EMA
+
+
+@dataclass
+class Args(common.RunArgs, common.ModelArgs, RolloutArgs, ChunkArgs, UpdateArgs, common.EvaluationArgs):
+    """Train a text-to-image model by GCPO. Example: python gcpo.py --prompts data.txt --reward pickscore"""
 
 
 # The defaults above are for SD3.5 Medium; these are the differences for other models, as in grpo.py. FLUX.1

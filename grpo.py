@@ -23,21 +23,22 @@ from rewards import get_reward
 
 
 @dataclass
-class Args(common.Args):
-    """Train a text-to-image model by GRPO. Example: python grpo.py --prompts data.txt --reward pickscore"""
-
+class RolloutArgs:
     iterations: int = 180  # rounds of rollout and update
     prompts_per_iteration: int = 16  # P, prompts per rollout
     group_size: int = 16  # G, images per prompt
-    updates_per_iteration: int = 2  # U, optimizer steps per rollout, each on different images
     steps: int = 10  # T, sampling steps
     sde_steps: str = "early"  # which steps are random and trained: all, early (first half) or a list 0,1,2
     sde_steps_per_iteration: int = 0  # how many of --sde-steps each iteration draws; 0 uses all
     sde: Literal["flow", "dance", "cps", "precise"] = "flow"  # sampler, how random steps add noise
     noise_level: float = 0.7  # noise level of random steps: a for flow, eta for the others
     guidance: float = 1.0  # classifier-free guidance, off at 1
-    resolution: int = 512  # pixels per side
     shared_noise: bool = False  # one initial noise for a whole group, as in DanceGRPO
+
+
+@dataclass
+class UpdateArgs:
+    updates_per_iteration: int = 2  # U, optimizer steps per rollout, each on different images
     learning_rate: float = 3e-4  # AdamW learning rate
     clip_range: float = 1e-4  # the ratio is clipped to 1 +- clip_range
     adv_clip: float = 5.0  # advantages are clipped to +- adv_clip
@@ -46,6 +47,11 @@ class Args(common.Args):
     max_grad_norm: float = 1.0  # gradient clipping: larger norms are scaled down to this norm
     ema_decay: float = 0.9  # EMA decay of the adapter's weights, off at 0
     ema_every: int = 8  # optimizer steps between updates of the EMA
+
+
+@dataclass
+class Args(common.RunArgs, common.ModelArgs, RolloutArgs, UpdateArgs, common.EvaluationArgs):
+    """Train a text-to-image model by GRPO. Example: python grpo.py --prompts data.txt --reward pickscore"""
 
 
 # The defaults above are for SD3.5 Medium; these are the differences for other models. tiny: found by tuning.

@@ -24,24 +24,29 @@ from rewards import get_reward
 
 
 @dataclass
-class Args(common.Args):
-    """Train a text-to-image model by TempFlow-GRPO. Example: python tempflow_grpo.py --prompts data.txt"""
-
+class RolloutArgs:
     iterations: int = 180  # rounds of rollout and update
     prompts_per_iteration: int = 16  # P, prompts per rollout
-    # TempFlow: starts and branches replace the group size
-    seeds_per_prompt: int = 1  # S, initial noises (starts) per prompt
-    branches: int = 12  # B, branches per start and random step
-    group: Literal["seed", "prompt"] = "seed"  # compare branches of one start, or of all starts of a prompt
-    weighting: Literal["noise", "none"] = "noise"  # weights of the steps' losses: by noise, or all 1
-    updates_per_iteration: int = 2  # U, optimizer steps per rollout, each on different starts
     steps: int = 10  # T, sampling steps
     sde_steps: str = "0,1,2"  # where branches split off: all, early (first half) or a list 0,1,2
     sde_steps_per_iteration: int = 0  # how many of --sde-steps each iteration draws; 0 uses all
     sde: Literal["flow", "dance", "cps", "precise"] = "flow"  # sampler, how random steps add noise
     noise_level: float = 0.7  # noise level of random steps: a for flow, eta for the others
     guidance: float = 1.0  # classifier-free guidance, off at 1
-    resolution: int = 512  # pixels per side
+
+
+# TempFlow: starts and branches replace the group size
+@dataclass
+class BranchArgs:
+    seeds_per_prompt: int = 1  # S, initial noises (starts) per prompt
+    branches: int = 12  # B, branches per start and random step
+    group: Literal["seed", "prompt"] = "seed"  # compare branches of one start, or of all starts of a prompt
+    weighting: Literal["noise", "none"] = "noise"  # weights of the steps' losses: by noise, or all 1
+
+
+@dataclass
+class UpdateArgs:
+    updates_per_iteration: int = 2  # U, optimizer steps per rollout, each on different starts
     learning_rate: float = 3e-4  # AdamW learning rate
     clip_range: float = 1e-4  # the ratio is clipped to 1 +- clip_range
     adv_clip: float = 5.0  # advantages are clipped to +- adv_clip
@@ -50,6 +55,11 @@ class Args(common.Args):
     max_grad_norm: float = 1.0  # gradient clipping: larger norms are scaled down to this norm
     ema_decay: float = 0.9  # EMA decay of the adapter's weights, off at 0
     ema_every: int = 8  # optimizer steps between updates of the EMA
+
+
+@dataclass
+class Args(common.RunArgs, common.ModelArgs, RolloutArgs, BranchArgs, UpdateArgs, common.EvaluationArgs):
+    """Train a text-to-image model by TempFlow-GRPO. Example: python tempflow_grpo.py --prompts data.txt"""
 
 
 # The defaults above are for SD3.5 Medium; these are the differences for other models: as in grpo.py, with the

@@ -3,11 +3,13 @@
 import json
 import os
 import threading
+from dataclasses import dataclass
 
 import accelerate.tracking
 import pytest
 
 import common
+import grpo
 from conftest import SCRIPTS, here, metrics, parse, quick, small
 
 # options, and a word that the line must have. {tmp} is a folder with the files that `files` makes
@@ -98,6 +100,17 @@ def test_tyro_answers_a_misspelt_option_with_the_right_one():
     for option in ("--group-sise", "--grop-size"):
         done = here("grpo", option, "3")
         assert done.returncode and "--group-size" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_setting_that_would_be_no_option():
+    """As in a copied script: it must be in one of the classes that Args inherits from."""
+
+    @dataclass
+    class Args(grpo.Args):
+        threshold: float = 0.1
+
+    with pytest.raises(SystemExit, match=r"threshold.* must be in a class that Args inherits from"):
+        common.parse_args("grpo", Args, grpo.DEFAULTS, [])
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

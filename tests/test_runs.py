@@ -171,8 +171,11 @@ def test_without_a_gpu_the_tiny_model_is_trained_and_the_run_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_has_the_defaults_of_the_model(script):
+def test_help_has_groups_and_the_defaults_of_the_model(script):
     text = " ".join(here(script, "--help").stdout.replace("│", " ").split())
+    own = {"gcpo": ["chunk"], "tempflow_grpo": ["branch"]}
+    boxes = ["run", "model", "rollout", *own.get(script, []), "update", "evaluation"]
+    assert re.findall(r" (\w+) options [-─]", text) == boxes
     assert f"python {script}.py --prompts data.txt" in text and "AdamW learning rate (default: 0.00" in text
     bare = re.findall(
         r"--[a-z-]+ (?:\{None\}\|)?[A-Z]+ \(default", text
