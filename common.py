@@ -1175,7 +1175,7 @@ def parse_args(script, args_class, defaults, argv=None):
     stored = {} if given.resume is None else resumed_settings(script, args_class, given.resume)
     settings = default_settings(args_class, defaults, given, stored)
     model = Path(settings["model"]).name
-    shown = f"Defaults are those of the model {model}; --model NAME --help shows another model's."
+    shown = f"Defaults shown are for the model {model}; for others use --model NAME --help."
     about = f"{args_class.__doc__}\n\n{shown}"
     args = parse_in_groups(args_class(**settings), argv, prog=f"{script}.py", description=about)
     args.script = script  # not a setting, so not in asdict(args)

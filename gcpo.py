@@ -60,7 +60,7 @@ class UpdateArgs:
 
 @dataclass
 class Args(common.RunArgs, common.ModelArgs, RolloutArgs, ChunkArgs, UpdateArgs, common.EvaluationArgs):
-    """Train a text-to-image model by GCPO. Example: python gcpo.py --prompts data.txt --reward pickscore"""
+    """Train a text-to-image model with GCPO. Example: python gcpo.py --prompts data.txt --reward pickscore"""
 
 
 # The defaults above are for SD3.5 Medium; these are the differences for other models, as in grpo.py. FLUX.1

@@ -51,7 +51,7 @@ class UpdateArgs:
 
 @dataclass
 class Args(common.RunArgs, common.ModelArgs, RolloutArgs, UpdateArgs, common.EvaluationArgs):
-    """Train a text-to-image model by GRPO. Example: python grpo.py --prompts data.txt --reward pickscore"""
+    """Train a text-to-image model with GRPO. Example: python grpo.py --prompts data.txt --reward pickscore"""
 
 
 # The defaults above are for SD3.5 Medium; these are the differences for other models. tiny: found by tuning.

@@ -59,7 +59,7 @@ class UpdateArgs:
 
 @dataclass
 class Args(common.RunArgs, common.ModelArgs, RolloutArgs, BranchArgs, UpdateArgs, common.EvaluationArgs):
-    """Train a text-to-image model by TempFlow-GRPO. Example: python tempflow_grpo.py --prompts data.txt"""
+    """Train a text-to-image model with TempFlow-GRPO. Example: python tempflow_grpo.py --prompts data.txt"""
 
 
 # The defaults above are for SD3.5 Medium; these are the differences for other models: as in grpo.py, with the
