@@ -396,7 +396,7 @@ def parse_geneval(prompt):
         if relation == "and" and bool(colour) == bool(other_colour):
             return [Want(name, colour=colour), Want(other, colour=other_colour)]
         if relation != "and" and not colour and not other_colour:
-            return [Want(other), Want(name, relation=relation)]  # the second is left of the first, say
+            return [Want(other), Want(name, relation=relation)]  # for example the second left of the first
     raise ValueError(
         f"{prompt[:200]!r} is not a GenEval prompt; write 'a photo of two dogs', '... a red car', '... a dog "
         "and a cat', '... a red car and a blue bus' or '... a dog left of a cat', with the objects of COCO"
@@ -413,7 +413,7 @@ def keep_objects(found, counting):
 
 
 def relations(a, b, margin=0.1):
-    """The GENEVAL_RELATIONS that hold from box a to box b: none, one or two (above and left of, say) [GE]."""
+    """The GENEVAL_RELATIONS that hold from box a to box b: none, one or two (e.g. above and left of) [GE]."""
     a, b = np.array(a), np.array(b)  # left, top, right, bottom
     offset = (a[:2] + a[2:] - b[:2] - b[2:]) / 2  # from the centre of b to that of a
     sizes = (a[2:] - a[:2]) + (b[2:] - b[:2])
