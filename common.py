@@ -1205,7 +1205,10 @@ def parse_in_groups(default, argv, **options):
 
 
 def default_settings(args_class, defaults, given, stored):
-    """The settings of a run to which no more options are given; stored: those of the run to resume."""
+    """The settings of a run to which no more options are given. Joins the processes, on the run's device.
+
+    given: options of the command line that decide other defaults; stored: settings of the run to resume.
+    """
     device = given.device or stored.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.startswith("cuda")
     join_processes(device)

@@ -5,7 +5,8 @@ from collections import Counter
 import pytest
 import torch
 
-from conftest import parse
+import gcpo
+from conftest import metrics, parse
 from gcpo import adaptive_chunks, draw_chunks, parse_chunks
 
 CURVES = [
@@ -71,3 +72,15 @@ def test_uniform_draw_is_uniform_and_without_replacement():
         assert sum(trained) in (3, 4, 5)  # two different chunks, whole
         draws[tuple(trained)] += 1
     assert len(draws) == 3 and all(abs(n - 1000) < 120 for n in draws.values())
+
+
+def test_metrics_by_step(record):
+    """L1rel from the latents of a rollout; cuts of three images by hand."""
+    seen = record(gcpo, "--iterations", "1")
+    (_, (x, x_next, _, _)), line = seen.rollouts[0], metrics(seen.folder)[1]
+    K, N = x.shape[:2]
+    for k in range(K):
+        l1rel = [((x_next[k, n] - x[k, n]).abs().sum() / x[k, n].abs().sum()).item() for n in range(N)]
+        assert line["l1rel_by_step"][k] == pytest.approx(sum(l1rel) / N, rel=1e-6)
+    found = gcpo.chunk_metrics(torch.zeros(3, 4), [[2, 2], [1, 1, 2], [4]])
+    assert found["chunk_cuts"] == pytest.approx([0, 1 / 3, 2 / 3, 0])

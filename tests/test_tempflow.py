@@ -95,6 +95,21 @@ def test_reward_of_a_branch_goes_to_its_own_step_start_and_prompt(record, monkey
             assert captions[(k * 4 + n) * 3] == batch[n // 2]
 
 
+def test_metrics_by_step():
+    """Against loops: two steps, two starts, three branches."""
+    rewards = [[[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]], [[5.0, 5.0, 5.0], [1.0, 3.0, 5.0]]]
+    gradient, weight = torch.tensor([3.0, 1.0]), torch.tensor([0.5, 1.5])
+    found = tempflow_grpo.step_metrics([0, 4], torch.tensor(rewards), gradient, weight)
+    spread = []
+    for step in rewards:
+        stds = [(sum((r - sum(start) / 3) ** 2 for r in start) / 3) ** 0.5 for start in step]
+        spread.append(sum(stds) / 2)
+    assert found["branch_steps"] == [0, 4]
+    assert found["reward_std_by_step"] == pytest.approx(spread, rel=1e-6)
+    assert found["gradient_by_step"] == pytest.approx([1.5, 0.5])  # over their mean, 2
+    assert found["gradient_by_step_weighted"] == pytest.approx([1.0, 1.0])  # 1.5 and 1.5
+
+
 @pytest.mark.parametrize("choice, want", [(DRAWN, 2), ("1,3", [1, 3]), ("2,", [2]), ("early", [0, 1])])
 def test_branch_steps(record, choice, want):
     seen = record(tempflow_grpo, "--iterations", "2", "--sde-steps", *choice.split(), double=False)
