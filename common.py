@@ -488,6 +488,7 @@ class Policy:
         for parameter in self.parameters:  # a process without anything to train adds zeros
             parameter.grad = torch.zeros_like(parameter)
         self.ema, self.ema_every = EMAModel(self.parameters, ema_decay), ema_every  # not used if decay is 0
+        self.averaged = False  # whether the moving average was ever updated
         # The loss is averaged over the latent's elements and the update's transitions (for example 1,024), so
         # its gradients are tiny: they would be 0 in a float16 network. So the loss is multiplied by a power
         # of two, which changes no digit.
@@ -678,13 +679,14 @@ class Policy:
         """Update the moving average of the weights. Call after each optimizer step."""
         if (self.ema.optimization_step + 1) % self.ema_every == 0:
             self.ema.step(self.parameters)
+            self.averaged = True
         else:
             self.ema.optimization_step += 1  # only counted: the warm-up goes by optimizer steps, as in [FG]
 
     @contextlib.contextmanager
     def ema_weights(self):
-        """Inside, the weights are replaced by their moving average, once it has taken a step."""
-        average = self.ema.decay > 0 and self.ema.optimization_step >= self.ema_every
+        """Inside, the weights are replaced by their moving average, if there is one yet."""
+        average = self.averaged and self.ema.decay > 0
         if average:
             self.ema.store(self.parameters)
             self.ema.copy_to(self.parameters)
@@ -761,7 +763,7 @@ def join_processes(device):
         if device.startswith("cuda:"):  # so that memory is measured there, too
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
-        fail(f"--device {device} cannot be used: {error}; try cpu")
+        fail(f"--device {device} cannot be used: {str(error)[:200]}; try cpu")
 
 
 def my_rows(rows):
@@ -905,13 +907,11 @@ class Run:
         print(f"micro-batch: {policy.micro_batch} latents")
         self.tracker = None
         if PartialState().is_main_process:
-            try:  # files come last: a start that fails leaves none
-                (self.folder / "samples").mkdir(parents=True, exist_ok=True)
-                write(self.folder / "config.json", json.dumps(config, indent=1).encode())
-                lines = "".join(json.dumps(line) + "\n" for line in self.lines)
-                write(self.folder / "metrics.jsonl", lines.encode())
-            except OSError as error:
-                fail(f"--output {self.folder} cannot be written: {error}")
+            # files come last: a start that fails leaves none
+            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+            write(self.folder / "config.json", json.dumps(config, indent=1).encode())
+            lines = "".join(json.dumps(line) + "\n" for line in self.lines)
+            write(self.folder / "metrics.jsonl", lines.encode())
             if args.log_with:
                 self.tracker = start_tracker(args, config["tracker_id"])
 
@@ -1012,6 +1012,7 @@ class Run:
             "lora": self.policy.lora(),
             "optimizer": self.optimizer.state_dict(),
             "ema": self.policy.ema.state_dict(),
+            "averaged": self.policy.averaged,
         }
         buffer = io.BytesIO()  # written to a file directly, a full disk is no OSError
         torch.save(state, buffer)
@@ -1024,7 +1025,7 @@ class Run:
         policy, path = self.policy, self.folder / "checkpoint.pt"
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            self.lines, adapter, ema = state["lines"], state["lora"], state["ema"]
+            self.lines, adapter, policy.averaged = state["lines"], state["lora"], state["averaged"]
         except Exception as error:  # missing and damaged files raise errors of many kinds
             fail(f"{path} cannot be resumed: {error}; start a new run")
         differ = sorted(adapter.keys() ^ policy.lora().keys())
@@ -1033,7 +1034,7 @@ class Run:
         if PartialState().is_main_process:  # the stored number is the sum over processes
             policy.velocity_evals = self.lines[-1]["velocity_evals"]
         set_peft_model_state_dict(policy.transformer, adapter)
-        policy.ema.load_state_dict(ema | {"decay": self.args.ema_decay})
+        policy.ema.load_state_dict(state["ema"] | {"decay": self.args.ema_decay})
         policy.ema.to(policy.device)
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:  # load_state_dict restored the old one
@@ -1170,16 +1171,22 @@ def parse_args(script, args_class, defaults, argv=None):
     """
     first = ArgumentParser(add_help=False, allow_abbrev=False)  # options that decide the other defaults
     for name in ("model", "prompts", "resume", "sde", "device"):
-        first.add_argument(f"--{name}")
+        first.add_argument(f"--{name}", nargs="?")  # without a value tyro reports it
     given, _ = first.parse_known_args(argv)
+    for name, value in vars(given).items():
+        if value == "None":
+            setattr(given, name, None)
     stored = {} if given.resume is None else resumed_settings(script, args_class, given.resume)
     settings = default_settings(args_class, defaults, given, stored)
     model = Path(settings["model"]).name
     shown = f"Defaults shown are for the model {model}; for others use --model NAME --help."
+    if stored:
+        shown = f"Defaults shown are the settings of {given.resume}."
     about = f"{args_class.__doc__}\n\n{shown}"
     args = parse_in_groups(args_class(**settings), argv, prog=f"{script}.py", description=about)
     args.script = script  # not a setting, so not in asdict(args)
-    if args.output is None:
+    args.model, args.device = settings["model"], settings["device"]
+    if not args.output:
         args.output = f"runs/{script}-{model}-{args.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
     check_args(args, stored)
     return args
@@ -1194,13 +1201,15 @@ def parse_in_groups(default, argv, **options):
         title = group.__name__.removesuffix("Args").lower() or "script"
         boxes[title] = tyro.conf.OmitArgPrefixes[group]
         values[title] = group(**{field.name: getattr(default, field.name) for field in fields(group)})
+    names = [field.name for group in values.values() for field in fields(group)]
+    for field in fields(default):
+        once = names.count(field.name) == 1
+        require(once, f"put the setting {field.name} into exactly one of the classes that Args inherits from")
     nested = make_dataclass("Settings", boxes.items())
     parsed = tyro.cli(nested, default=nested(**values), args=argv, **options)
     flat = {}
     for group in vars(parsed).values():
         flat |= vars(group)
-    lost = [field.name for field in fields(default) if field.name not in flat]
-    require(not lost, f"{lost} must be in a class that {type(default).__name__} inherits from")
     return type(default)(**flat)
 
 
@@ -1242,11 +1251,15 @@ def check_args(args, stored):
     folder = Path(os.path.expanduser(args.output)).absolute()
     allowed = args.resume or not (folder / "checkpoint.pt").exists()
     require(allowed, f"--output {args.output} already holds a run; give another, or --resume it")
-    args.output, args.model = str(folder), absolute(args.model)
+    parent = next(path for path in (folder, *folder.parents) if path.exists())
+    usable = parent.is_dir() and os.access(parent, os.W_OK)
+    require(usable, f"--output {args.output} cannot be written: {parent} is no folder, or not yours")
+    args.output = str(folder)
     for name in ("lora_rank", "lora_alpha", "output"):
         same = name not in stored or getattr(args, name) == stored[name]
         require(same, f"--resume cannot change --{name.replace('_', '-')}; start a new run")
     require(args.prompts or args.model == "tiny", "a model other than tiny needs --prompts FILE")
+    require(args.reward, "--reward needs a name or FILE.py:FUNCTION")
     check_numbers(args)
     args.prompts, args.eval_prompts = absolute(args.prompts), absolute(args.eval_prompts)
     args.reward, args.eval_reward = absolute_files(args.reward), absolute_files(args.eval_reward)
@@ -1307,13 +1320,15 @@ def resumed_settings(script, args_class, folder):
 
 def check_numbers(args):
     """SystemExit for numbers that would silently train nonsense."""
-    lowest = dict.fromkeys(("seed", "kl_coef", "ema_decay", "micro_batch", "sde_steps_per_iteration"), 0)
-    lowest |= {"steps": 2, "guidance": 1, "noise_level": 1e-3}  # a random step without noise has no log-prob
+    lowest = {"ema_decay": 0, "micro_batch": 0, "steps": 2, "guidance": 1}
+    lowest["noise_level"] = 1e-3  # a random step without noise has no log-prob
     highest = dict.fromkeys(("ema_decay", "clip_range", "chunk_fraction", "eval_hybrid"), 1)
     highest |= {"noise_level": 1} if args.sde == "cps" else {}
     for name, value in asdict(args).items():
         if isinstance(value, int | float) and not isinstance(value, bool):
-            low, high = lowest.get(name, 1e-30), highest.get(name, 2**31)  # 1e-30 stands for "over 0"
+            off_at_0 = getattr(type(args), name, None) == 0
+            low = 0 if off_at_0 else lowest.get(name, 1e-30)  # 1e-30 stands for "over 0"
+            high = highest.get(name, 2**31)
             limits = f"{'over 0' if low == 1e-30 else f'at least {low}'} and at most {high}"
             require(low <= value <= high, f"--{name.replace('_', '-')} {value} must be {limits}")  # nan fails
 

@@ -744,6 +744,6 @@ def get_reward(spec, device=None, offload=False):
         else:
             function, name = find_in_file(text), Path(text).name  # without the file's folder
         if name in weights:
-            fail(f"two parts of the reward are named {name!r}; {GRAMMAR}")
+            fail(f"two parts of the reward are named {name!r}")
         functions[name], weights[name] = function, weight
     return Reward(functions, weights, device, offload)

@@ -320,5 +320,6 @@ def main(args):
 
 if __name__ == "__main__":
     # TempFlow: for those who come from grpo.py
-    common.require("--group-size" not in " ".join(sys.argv), "there is no --group-size here; use --branches")
+    given = " ".join(sys.argv).replace("_", "-")
+    common.require("--group-size" not in given, "there is no --group-size here; use --branches")
     common.run_script("tempflow_grpo", main, Args, DEFAULTS)

@@ -28,6 +28,7 @@ SHARED = [
     ("--model {tmp}/other --prompts {tmp}/good.txt", "StableDiffusionPipeline"),
     ("--model {tmp}/unipc --prompts {tmp}/good.txt", "UniPCMultistepScheduler"),
     ("--learning-rate nan", "--learning-rate"),
+    ("--reward None", "--reward needs a name"),
     ("--steps 1", "--steps"),
     ("--guidance inf", "--guidance"),
     ("--guidance 0.5", "--guidance 0.5 must be at least 1"),
@@ -102,15 +103,29 @@ def test_tyro_answers_a_misspelt_option_with_the_right_one():
         assert done.returncode and "--group-size" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_setting_that_would_be_no_option():
-    """As in a copied script: it must be in one of the classes that Args inherits from."""
+def test_a_setting_of_a_copied_script_is_in_one_class():
+    """Elsewhere it would be no option, or two. It may be off at 0."""
 
     @dataclass
-    class Args(grpo.Args):
-        threshold: float = 0.1
+    class UpdateArgs(grpo.UpdateArgs):
+        threshold: float = 0.0  # off at 0
 
-    with pytest.raises(SystemExit, match=r"threshold.* must be in a class that Args inherits from"):
-        common.parse_args("grpo", Args, grpo.DEFAULTS, [])
+    @dataclass
+    class Args(common.RunArgs, common.ModelArgs, grpo.RolloutArgs, UpdateArgs, common.EvaluationArgs):
+        pass
+
+    @dataclass
+    class Nowhere(grpo.Args):
+        threshold: float = 0.0
+
+    @dataclass
+    class Twice(Args, UpdateArgs):
+        pass
+
+    assert common.parse_args("grpo", Args, grpo.DEFAULTS, []).threshold == 0
+    for wrong in (Nowhere, Twice):
+        with pytest.raises(SystemExit, match=r"put the setting \w+ into exactly one of the classes"):
+            common.parse_args("grpo", wrong, grpo.DEFAULTS, ["--threshold", "1"])
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

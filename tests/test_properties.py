@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from common import group_advantage, noise_scale
+from common import Stats, group_advantage, noise_scale
 from gcpo import adaptive_chunks, draw_chunks
 from tempflow_grpo import step_weights
 
@@ -96,3 +96,22 @@ def test_step_weights(draws, sde):
         if sde == "flow":  # as long as the noise that the step adds
             std = levels[2] * (levels[0] - levels[1]).sqrt()
             assert torch.allclose(weight / weight.max(), std / std.max(), rtol=1e-9)
+
+
+def test_stats():
+    """Over all that was added, not over calls; what was never added is None."""
+    stats = Stats()
+    stats.add(ratio=torch.tensor([0.5, 1.0]), loss=torch.tensor([[1.0, 3.0]]))
+    stats.add(ratio=torch.tensor([2.0]), loss=torch.tensor(8.0))
+    stats.add(ratio_first_error=torch.tensor([0.25, 0.5]), mine=torch.tensor(2))
+    stats.add(ratio_first_error=torch.tensor([0.125]))
+    want = {
+        "ratio_mean": 3.5 / 3,
+        "ratio_min": 0.5,
+        "ratio_max": 2.0,
+        "ratio_first_error": 0.5,
+        "loss": 4.0,
+        "mine": 2,
+    }
+    want |= dict.fromkeys(["clip_low", "clip_high", "approx_kl", "grad_norm"])
+    assert stats.metrics() == pytest.approx(want)

@@ -275,6 +275,15 @@ def test_options_beside_resume_override_and_paths_are_absolute(finished, tmp_pat
     assert "eval_reward" in metrics(copy)[3]
 
 
+def test_the_average_is_evaluated_whatever_ema_every_becomes(finished, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    assert run_main("grpo", "--resume", copy, "--iterations", 3, "--ema-every", 8) is None
+    weights, saved = state(copy)["lora"], load_file(copy / adapter_of(3))
+    name = next(name for name in weights if "lora_A" in name)
+    assert not torch.equal(weights[name], saved[f"transformer.{name}"])
+
+
 def test_a_run_moves_with_its_files(tmp_path, monkeypatch):
     """Model, prompts, evaluation prompts and reward were elsewhere: they are given again."""
     there, moved = tmp_path / "there", tmp_path / "moved"
