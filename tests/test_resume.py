@@ -371,7 +371,7 @@ def test_twenty_kills_at_random_moments(tmp_path, monkeypatch):
 
     def start(run, timeout=None):
         resuming = (run / "config.json").exists()
-        words = ["--resume", run] if resuming else options(run, 10, "--save-every", 2, "--eval-every", 3)
+        words = ["--resume", run] if resuming else options(run, 6, "--save-every", 2, "--eval-every", 3)
         process = context.Process(target=child, args=("grpo", words))
         process.start()
         process.join(timeout)
