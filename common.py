@@ -116,7 +116,7 @@ def log_prob(x, mean, std, batch_dims=1):
     """Log-density of x under a Gaussian, AVERAGED over the dimensions: (B, ...) -> (B,), float32 or wider.
 
     mean and std (a tensor, over 0) broadcast against x; the first batch_dims dimensions of x are kept. The
-    true log-probability is the sum. Every published implementation averages, which divides the log-ratio by
+    true log-probability is the sum. The papers' implementations average, which divides the log-ratio by
     the number of dimensions (65,536 at 512 px). That is why clip ranges are 1e-5 to 1e-3. The ratio still
     depends on the resolution: for equal changes per element its std falls as 1 / sqrt(dimensions).
     """
@@ -127,7 +127,7 @@ def log_prob(x, mean, std, batch_dims=1):
 def gaussian_kl(mean, other_mean, std):
     """KL of two Gaussians of equal std, averaged over the dimensions as in log_prob: (B, ...) -> (B,).
 
-    Here std^2 = s^2 Delta. [FG]'s formula has s^2 instead, so its beta means another strength.
+    Here std^2 = s^2 Delta. [FG]'s code has s^2 instead, so its beta means another strength.
     """
     return ((mean - other_mean) ** 2 / (2 * std**2)).flatten(1).mean(1)
 
@@ -154,8 +154,8 @@ def group_advantage(rewards, std=None, clip=5.0):
     """A = (r - mean of the group) / (std + 1e-4), clipped to +-clip; exactly 0 in a group of equal rewards.
 
     rewards: (..., G), a group in the last dimension. std: None to use the std of each group [DG], or the std
-    of the whole batch [FG], as a number; both with correction=0. Returns advantages shaped like rewards, and
-    the share of groups with equal rewards, from which nothing is learned.
+    of the whole batch ([FG]'s code) as a number; both with correction=0. Returns advantages shaped like
+    rewards, and the share of groups with equal rewards, from which nothing is learned.
     """
     r = rewards.double()
     equal = r.amax(-1, keepdim=True) == r.amin(-1, keepdim=True)  # their mean may differ by rounding
