@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import common
-from conftest import ROOT, SCRIPTS, DoublePolicy, here, metrics, parse, state
+from conftest import ROOT, SCRIPTS, DoublePolicy, here, metrics, parse, slow, state
 
 # A micro-batch that both one and two processes fill: the network then sees the same shapes in each.
 SMALL = "--seed 3 --prompts-per-iteration 4 --eval-seeds 1 --lora-rank 4 --micro-batch 4 --steps 4"
@@ -132,6 +132,7 @@ def test_every_weight_in_float64_and_one_process_writes(monkeypatch, tmp_path):
     assert (tmp_path / "two.0").read_text() and not (tmp_path / "two.1").exists()
 
 
+@slow
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     """An iteration of one process, one of two, one of one, as in a run of one process for all three."""
     arguments = options("grpo", "--eval-every", 1)
@@ -145,6 +146,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     assert_same_metrics(tmp_path / "whole", tmp_path / "parts")
 
 
+@slow
 def test_flat_groups_on_one_of_two_processes(tmp_path):
     """A reward that is constant for the second process's prompts:
 
