@@ -228,11 +228,14 @@ class Stats:
         metrics = dict.fromkeys(names.split())
         for name, parts in merged.items():
             values = torch.cat(parts)
-            metrics[name] = values.max().item() if name == "ratio_first_error" else values.mean().item()
             if name == "ratio":
-                metrics["ratio_mean"] = metrics.pop("ratio")
+                metrics["ratio_mean"] = values.mean().item()
                 metrics["ratio_min"] = values.min().item()
                 metrics["ratio_max"] = values.max().item()
+            elif name == "ratio_first_error":
+                metrics[name] = values.max().item()
+            else:
+                metrics[name] = values.mean().item()
         return metrics
 
 
@@ -1174,7 +1177,7 @@ def parse_args(script, args_class, defaults, argv=None):
         first.add_argument(f"--{name}", nargs="?")  # without a value tyro reports it
     given, _ = first.parse_known_args(argv)
     for name, value in vars(given).items():
-        if value == "None":
+        if value == "None":  # tyro reads it as None, too
             setattr(given, name, None)
     stored = {} if given.resume is None else resumed_settings(script, args_class, given.resume)
     settings = default_settings(args_class, defaults, given, stored)
@@ -1249,9 +1252,9 @@ def check_args(args, stored):
     A reward may change the working directory, and a run may be resumed from another one.
     """
     folder = Path(os.path.expanduser(args.output)).absolute()
-    allowed = args.resume or not (folder / "checkpoint.pt").exists()
+    allowed = args.resume or not os.path.exists(folder / "checkpoint.pt")
     require(allowed, f"--output {args.output} already holds a run; give another, or --resume it")
-    parent = next(path for path in (folder, *folder.parents) if path.exists())
+    parent = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     usable = parent.is_dir() and os.access(parent, os.W_OK)
     require(usable, f"--output {args.output} cannot be written: {parent} is no folder, or not yours")
     args.output = str(folder)

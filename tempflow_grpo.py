@@ -320,6 +320,5 @@ def main(args):
 
 if __name__ == "__main__":
     # TempFlow: for those who come from grpo.py
-    given = " ".join(sys.argv).replace("_", "-")
-    common.require("--group-size" not in given, "there is no --group-size here; use --branches")
+    common.require("--group-size" not in " ".join(sys.argv), "there is no --group-size here; use --branches")
     common.run_script("tempflow_grpo", main, Args, DEFAULTS)
