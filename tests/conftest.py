@@ -8,9 +8,12 @@ import os
 import subprocess
 import sys
 import threading
+from copy import deepcopy
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process per core; PyTorch reads it when it is imported
 
@@ -24,7 +27,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tiny"), str(ROOT / "tests")]
 import common  # noqa: E402
 
 SCRIPTS = ("grpo", "gcpo", "tempflow_grpo")
+TWO_PROMPTS = ROOT / "tests" / "two_prompts.txt"
 QUICK = "--prompts-per-iteration 2 --micro-batch 8 --steps 5 --sde-steps all --ema-decay 0 --lora-rank 4"
+QUICK += f" --eval-prompts {TWO_PROMPTS}"
 QUICK += " --eval-seeds 1 --eval-every 100 --eval-steps 2 --sde flow --noise-level 0.7 --learning-rate 7e-4"
 OWN = {"grpo": "--group-size 4", "gcpo": "--group-size 4 --chunks adaptive --chunk-fraction 0.5"}
 OWN["tempflow_grpo"] = "--seeds-per-prompt 2 --branches 3"
@@ -44,27 +49,45 @@ def cli(script, *options, cwd=ROOT, **kwargs):
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=600, **kwargs)
 
 
-def run_main(script, *options):
+@cache
+def tiny_pipeline(dtype):
+    return load_pipeline(str(common.TINY), dtype)
+
+
+def load_tiny_once(model, dtype):
+    """In place of common.load_pipeline: a copy of the tiny model, which was read from its files once."""
+    if model != str(common.TINY):
+        return load_pipeline(model, dtype)
+    pipe = tiny_pipeline(dtype)
+    return type(pipe)(**deepcopy(pipe.components))
+
+
+load_pipeline, common.load_pipeline = common.load_pipeline, load_tiny_once
+
+
+def run_main(script, *options, plot=False):
     """Run a script in this process, as its command line does:
 
-    returns None, or the message that it ended with.
+    returns None, or the message that it ended with. plot: whether it draws progress.png, which takes as long
+    as two iterations.
     """
     module, argv = importlib.import_module(script), sys.argv
     sys.argv = [f"{script}.py", *map(str, options)]
     try:
         common.read_prompts.cache_clear()
-        common.run_script(script, module.main, module.Args, module.DEFAULTS)
+        with contextlib.nullcontext() if plot else mock.patch.object(common, "plot_progress"):
+            common.run_script(script, module.main, module.Args, module.DEFAULTS)
     except SystemExit as end:
         return end.code or None
     finally:
         sys.argv = argv
 
 
-def here(script, *options):
+def here(script, *options, **kwargs):
     """Like cli, in this process, which saves the time of the imports."""
     out, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-        message = run_main(script, *options)
+        message = run_main(script, *options, **kwargs)
     return SimpleNamespace(
         returncode=0 if message is None else 1,
         stdout=out.getvalue(),
@@ -183,10 +206,8 @@ def record(monkeypatch, tmp_path):
         monkeypatch.setattr(common, "Policy", make)
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py"])
         seen.folder = tmp_path / f"{module.__name__}{len(os.listdir(tmp_path))}"
-        monkeypatch.setattr(common, "plot_progress", lambda *args: None)  # which takes as long as all else
-        prompts = tmp_path / "eval_prompts.txt"
-        prompts.write_text("a red circle\ntwo blue squares\n")
-        options = [*small(module.__name__), "--output", seen.folder, "--eval-prompts", prompts, *options]
+        monkeypatch.setattr(common, "plot_progress", lambda *args: None)  # as in run_main
+        options = [*small(module.__name__), "--output", seen.folder, *options]
         seen.args = parse(module.__name__, *options)
         module.main(seen.args)
         for inputs, (latents, rollout) in samples:

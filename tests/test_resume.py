@@ -306,7 +306,7 @@ def test_a_run_moves_with_its_files(tmp_path, monkeypatch):
 
 
 def test_bundled_files_are_stored_by_name(tmp_path):
-    assert run_main("grpo", *options(tmp_path / "run", 1)) is None
+    assert run_main("grpo", *options(tmp_path / "run", 1, "--eval-prompts", "None")) is None
     settings = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
     assert settings["model"] == "tiny" and settings["reward"] == "shapes"
     assert settings["prompts"] is None and settings["eval_prompts"] is None

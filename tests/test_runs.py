@@ -62,7 +62,7 @@ def test_same_seed_same_files_and_the_run_folder(script, tmp_path):
     """The second run of gcpo.py is a process of its own: its sets have another order."""
     options = [*small(script), "--iterations", 2, "--seed", 3, "--output"]
     again = cli if script == "gcpo" else here
-    one, other = here(script, *options, tmp_path / "a"), again(script, *options, tmp_path / "b")
+    one, other = here(script, *options, tmp_path / "a", plot=True), again(script, *options, tmp_path / "b")
     assert one.returncode == other.returncode == 0, one.stderr + other.stderr
     lines = metrics(tmp_path / "a", times=False)
     assert lines == metrics(tmp_path / "b", times=False)
