@@ -370,7 +370,7 @@ def test_twenty_kills_at_random_moments(tmp_path, monkeypatch):
     numbers, kills, finished = random.Random(0), 0, []
 
     def start(run, timeout=None):
-        resuming = (run / "config.json").exists()
+        resuming = (run / "checkpoint.pt").exists()  # killed before the first one, it starts again
         words = ["--resume", run] if resuming else options(run, 6, "--save-every", 2, "--eval-every", 3)
         process = context.Process(target=child, args=("grpo", words))
         process.start()
