@@ -2,7 +2,6 @@
 
 import json
 import os
-import threading
 from dataclasses import dataclass
 
 import accelerate.tracking
@@ -10,7 +9,7 @@ import pytest
 
 import common
 import grpo
-from conftest import SCRIPTS, here, metrics, parse, quick, small
+from conftest import SCRIPTS, here, parse, quick
 
 # options, and a word that the line must have. {tmp} is a folder with the files that `files` makes
 SHARED = [
@@ -19,24 +18,18 @@ SHARED = [
     ("--prompts {tmp}/latin1.txt", "latin1.txt: not UTF-8 text"),
     ("--prompts {tmp}/binary.txt", "line 1: empty, or not text"),
     ("--prompts {tmp}/other.jsonl", 'line 2: {"text": "a red circle"}; a line must be like'),
-    ("--prompts {tmp}/list.json", "line 1: ["),
-    ("--prompts ~good.txt", "No such file"),
     (f"--prompts {'long' * 100}", "File name too long"),
-    ("--prompts {tmp}", "Is a directory"),
     ("--eval-prompts {tmp}/missing.txt", "No such file"),
     ("--model {tmp} --prompts {tmp}/good.txt", "is not a diffusers pipeline"),
     ("--model {tmp}/other --prompts {tmp}/good.txt", "StableDiffusionPipeline"),
     ("--model {tmp}/unipc --prompts {tmp}/good.txt", "UniPCMultistepScheduler"),
-    ("--learning-rate nan", "--learning-rate"),
     ("--reward None", "--reward needs a name"),
-    ("--steps 1", "--steps"),
-    ("--guidance inf", "--guidance"),
+    ("--learning-rate nan", "--learning-rate"),
     ("--guidance 0.5", "--guidance 0.5 must be at least 1"),
-    ("--noise-level 0", "--noise-level"),
     ("--sde cps --noise-level 1.5", "--noise-level"),
-    ("--ema-decay 1.5", "--ema-decay"),
     ("--device cuda:99", "--device"),
     ("--output {tmp}/full", "already holds a run"),
+    ("--output {tmp}/good.txt", "cannot be written"),
     ("--resume {tmp}", "not a run folder"),
     ("--log-with wandb", "pip install wandb"),
 ]
@@ -45,18 +38,14 @@ LATER = [  # found by the script, with the model not yet loaded
     ("grpo", "--updates-per-iteration 7", "96 trajectories cannot be split into 7 equal updates;"),
     ("grpo", "--sde-steps 0,9", "within 0 to 8"),
     ("grpo", "--sde-steps 3,1", "--sde-steps"),
-    ("grpo", "--sde-steps most", "--sde-steps"),
     ("grpo", "--sde-steps 3", "one step: 3,; to draw some: --sde-steps-per-iteration"),
     ("grpo", "--sde-steps-per-iteration 6", "at most 5"),
     ("grpo", "--reward nosuch", "nosuch"),
-    ("grpo", "--reward ~nobody/r.py:f", "no FILE.py"),
     ("grpo", f"--reward {'long' * 100}.py:f", "no FILE.py"),
     ("grpo", "--prompts {tmp}/dog.txt --model tiny", "a red dog"),
     ("gcpo", "--chunks 2,2", "add up to 5"),
-    ("gcpo", "--chunks 9,0", "--chunks"),
-    ("gcpo", "--chunks some", "--chunks"),
+    ("gcpo", "--chunks 5,x", "--chunks"),
     ("gcpo", "--sde-steps 0,2", "consecutive"),
-    ("gcpo", "--eval-hybrid 1.5", "--eval-hybrid"),
     ("tempflow_grpo", "--branches 1", "group of one"),
 ]
 
@@ -69,7 +58,7 @@ def files(tmp_path_factory):
     (folder / "binary.txt").write_bytes(bytes(range(0, 128)) * 10)
     (folder / "dog.txt").write_text("a red circle\na red dog\n")
     (folder / "good.txt").write_text("a red circle\n")
-    (folder / "list.json").write_text('[\n"a red circle"\n]\n')
+
     (folder / "other.jsonl").write_text('{"prompt": "a blue circle"}\n{"text": "a red circle"}\n')
     for name, pipeline, scheduler in (
         ("other", "StableDiffusionPipeline", "FlowMatchEulerDiscreteScheduler"),
@@ -97,35 +86,15 @@ def test_bad_input(script, options, word, files, monkeypatch):
     assert sorted(files.rglob("*")) == before
 
 
-def test_tyro_answers_a_misspelt_option_with_the_right_one():
-    for option in ("--group-sise", "--grop-size"):
-        done = here("grpo", option, "3")
-        assert done.returncode and "--group-size" in done.stderr and "Traceback" not in done.stderr
-
-
 def test_a_setting_of_a_copied_script_is_in_one_class():
-    """Elsewhere it would be no option, or two. It may be off at 0."""
+    """In Args itself it would be no option."""
 
     @dataclass
-    class UpdateArgs(grpo.UpdateArgs):
-        threshold: float = 0.0  # off at 0
-
-    @dataclass
-    class Args(common.RunArgs, common.ModelArgs, grpo.RolloutArgs, UpdateArgs, common.EvaluationArgs):
-        pass
-
-    @dataclass
-    class Nowhere(grpo.Args):
+    class Args(grpo.Args):
         threshold: float = 0.0
 
-    @dataclass
-    class Twice(Args, UpdateArgs):
-        pass
-
-    assert common.parse_args("grpo", Args, grpo.DEFAULTS, []).threshold == 0
-    for wrong in (Nowhere, Twice):
-        with pytest.raises(SystemExit, match=r"put the setting \w+ into exactly one of the classes"):
-            common.parse_args("grpo", wrong, grpo.DEFAULTS, ["--threshold", "1"])
+    with pytest.raises(SystemExit, match="put the setting threshold into exactly one of the classes"):
+        common.parse_args("grpo", Args, grpo.DEFAULTS, ["--threshold", "1"])
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -170,20 +139,9 @@ def test_a_tilde_is_expanded(tmp_path, monkeypatch):
     assert args.reward == f"{tmp_path}/r.py:f=2,shapes"
 
 
-def test_an_output_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("")
-    done = here("grpo", *small("grpo"), "--output", tmp_path / "file")
-    assert done.stderr.startswith("error: --output") and "Traceback" not in done.stderr
-
-
 def test_copies_without_the_tiny_model_say_so(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "TINY", tmp_path / "tests")
     assert here("grpo").stderr.startswith("error: the tiny model is not there")
-
-
-def test_a_resolution_that_does_not_fit(tmp_path):
-    done = here("grpo", *small("grpo"), "--resolution", 33, "--output", tmp_path / "run")
-    assert "--resolution 33 must be a multiple of" in done.stderr and not (tmp_path / "run").exists()
 
 
 def test_prompts_from_a_pipe(tmp_path):
@@ -195,30 +153,12 @@ def test_prompts_from_a_pipe(tmp_path):
     os.close(read)
 
 
-def test_a_pipe_and_a_folder_named_like_a_reward(tmp_path, monkeypatch):
-    """In the working directory: a pipe can be read only once, and a folder is no reward."""
+def test_paths_are_absolute_and_a_folder_named_like_a_reward_is_none(tmp_path, monkeypatch):
+    """A reward may change the working directory."""
     monkeypatch.chdir(tmp_path)
-    os.mkfifo("prompts")
-    (tmp_path / "shapes").mkdir()
-    (tmp_path / "model").mkdir()
-    writer = threading.Thread(target=(tmp_path / "prompts").write_text, args=["a red circle\n"])
-    writer.start()
-    args = parse("grpo", "--prompts", "prompts", "--model", "tiny", "--reward", "shapes,pickscore:model")
-    writer.join()
-    assert args.prompts == str(tmp_path / "prompts") and common.held_out_prompts(args) == ["a red circle"]
-    assert args.reward == f"shapes,pickscore:{tmp_path / 'model'}"
-
-
-def test_a_reward_that_changes_the_working_directory(tmp_path, monkeypatch):
-    """The run and its paths are where they were asked for, and it resumes from there."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "elsewhere").mkdir()
+    for name in ("shapes", "model"):
+        (tmp_path / name).mkdir()
     (tmp_path / "p.txt").write_text("a red circle\n")
-    code = "import os\nos.chdir('elsewhere')\ndef f(images, prompts):\n    return images.mean((1, 2, 3))\n"
-    (tmp_path / "r.py").write_text(code)
-    options = [*small("grpo"), "--prompts", "p.txt", "--reward", "r.py:f", "--output", "run"]
-    done = here("grpo", *options, "--iterations", 1)
-    assert done.returncode == 0, done.stderr
-    assert os.getcwd() == str(tmp_path / "elsewhere") and os.listdir() == []
-    assert all(os.path.exists(path) for path in done.stdout.splitlines()[-1].split())
-    assert metrics(tmp_path / "run")[-1]["iteration"] == 1
+    args = parse("grpo", "--prompts", "p.txt", "--output", "run", "--reward", "shapes,pickscore:model")
+    assert (args.prompts, args.output) == (str(tmp_path / "p.txt"), str(tmp_path / "run"))
+    assert args.reward == f"shapes,pickscore:{tmp_path / 'model'}"
