@@ -19,12 +19,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process per core; PyTorch rea
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils._pytree import tree_flatten
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tiny"), str(ROOT / "tests")]
 
 import common  # noqa: E402
+import small_pipelines  # noqa: E402
 
 SCRIPTS = ("grpo", "gcpo", "tempflow_grpo")
 TWO_PROMPTS = ROOT / "tests" / "two_prompts.txt"
@@ -120,6 +122,16 @@ def state(folder):
     return torch.load(Path(folder) / "checkpoint.pt", weights_only=True)
 
 
+def adapter(folder, iteration):
+    """The weights of the adapter that a run saved after an iteration."""
+    return load_file(Path(folder) / "lora" / str(iteration) / "pytorch_lora_weights.safetensors")
+
+
+def same_weights(one, other):
+    """Whether two dicts of tensors are the same, bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
 def assert_same_run(one, other):
     """Two run folders hold the same metrics (but for times), weights, optimizer, average and counters, bit
     for bit.
@@ -160,6 +172,25 @@ class DoublePolicy(common.Policy):
 def seeded():
     """What a test draws does not depend on the tests before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """model("sd3") is the folder of a small pipeline, made once."""
+
+    @cache
+    def make(name, **options):
+        folder = tmp_path_factory.mktemp(name) / "model"
+        small_pipelines.save(folder, name, **options)
+        return folder
+
+    return make
+
+
+def make_policy(folder, dtype="float32", resolution=16, **settings):
+    """A policy of a small pipeline."""
+    usual = dict(device="cpu", guidance=3.0, micro_batch=2, lora_rank=2, lora_alpha=4.0)
+    return common.Policy(common.load_pipeline(str(folder), dtype), resolution, **usual | settings)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import math
 import re
 import shutil
 from copy import deepcopy
-from functools import cache
 
 import diffusers
 import pytest
@@ -15,33 +14,13 @@ from safetensors.torch import load_file, save_file
 
 import bench
 import common
-import gcpo
 import grpo
 import small_pipelines
-import tempflow_grpo
-from conftest import SCRIPTS, here, metrics, slow, small
+from conftest import SCRIPTS, adapter, here, make_policy, metrics, slow, small
 from rewards import get_reward
 
 PROMPTS = ["a red circle", "two blue squares"]
 FAMILIES = list(small_pipelines.MAKERS)
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    """model("sd3") is the folder of a small pipeline, made once."""
-
-    @cache
-    def make(name, **options):
-        folder = tmp_path_factory.mktemp(name) / "model"
-        small_pipelines.save(folder, name, **options)
-        return folder
-
-    return make
-
-
-def make_policy(folder, dtype="float32", resolution=16, **settings):
-    usual = dict(device="cpu", guidance=3.0, micro_batch=2, lora_rank=2, lora_alpha=4.0)
-    return common.Policy(common.load_pipeline(str(folder), dtype), resolution, **usual | settings)
 
 
 def rollout_images(policy, noise, steps=4):
@@ -98,26 +77,18 @@ def test_rollout_without_noise_is_the_pipeline(model, family, options, guidance)
     assert expected.std() > 0.01  # pictures of something
     two_pass = guidance > 1 and family != "flux" and not options.get("is_distilled")
     assert evals == 2 * 4 * (2 if two_pass else 1)
+    assert policy.family.distilled == (options in ({"guidance_embeds": False}, {"is_distilled": True}))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_guidance_and_text_change_the_pictures(model, family):
-    policies = [make_policy(model(family), guidance=guidance) for guidance in (1.0, 3.0)]
-    noise = policies[0].draw_noise(1, 1, torch.Generator().manual_seed(3)).repeat(2, 1, 1, 1)
-    ends = [rollout_images(policy, noise)[0] for policy in policies]
-    assert difference(ends[0], ends[1]) > 1e-3 and difference(ends[0][0], ends[0][1]) > 1e-4
-
-
-@pytest.mark.parametrize("alpha", [4.0, 1.0])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_lora_round_trip(model, family, alpha, tmp_path):
+def test_lora_round_trip(model, family, tmp_path):
     """A saved adapter gives the pictures of the policy that saved it, without any metadata."""
-    policy = make_policy(model(family), guidance=3.0, lora_rank=2, lora_alpha=alpha)
+    policy = make_policy(model(family))
     noise = policy.draw_noise(2, 1, torch.Generator().manual_seed(3))
     before = rollout_images(policy, noise)[1]
     torch.manual_seed(1)
     for parameter in policy.parameters:
-        torch.nn.init.normal_(parameter, std=0.2 * (4 / alpha) ** 0.5)
+        torch.nn.init.normal_(parameter, std=0.2)
     images = rollout_images(policy, noise)[1]
     assert difference(images, before) > 1e-2
     policy.save_lora(tmp_path)
@@ -125,7 +96,7 @@ def test_lora_round_trip(model, family, alpha, tmp_path):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         assert file.metadata() == {"format": "pt"}
     for name, weight in policy.lora().items():
-        assert torch.equal(tensors[f"transformer.{name}"], weight * (alpha / 2 if "lora_B" in name else 1))
+        assert torch.equal(tensors[f"transformer.{name}"], weight * (4 / 2 if "lora_B" in name else 1))
     for source in (tmp_path, tensors):
         pipe = type(policy.pipe).from_pretrained(str(model(family)))
         pipe.load_lora_weights(source)
@@ -150,7 +121,7 @@ def check_run(result, output):
     assert result.returncode == 0, result.stderr
     line = metrics(output)[-1]
     assert line["iteration"] == 1 and line["ratio_first_error"] == 0.0 and line["grad_norm"] > 0
-    assert (output / "lora" / "1" / "pytorch_lora_weights.safetensors").exists()
+    assert adapter(output, 1)
     return line
 
 
@@ -185,10 +156,9 @@ def test_half_precision_weights_and_float32_mathematics(model, family, dtype):
     assert policy.decode(latents).isfinite().all()
 
 
-@pytest.mark.parametrize(("family", "dtype"), [*zip(FAMILIES, ("float16", "bfloat16", "bfloat16"))])
+@pytest.mark.parametrize(("family", "dtype"), [("sd3", "float16"), ("flux", "bfloat16")])
 def test_one_iteration_in_half_precision(model, prompts, tmp_path, family, dtype):
-    result = run("grpo", model(family), prompts, tmp_path / "run", "--dtype", dtype)
-    check_run(result, tmp_path / "run")
+    check_run(run("grpo", model(family), prompts, tmp_path / "run", "--dtype", dtype), tmp_path / "run")
 
 
 def test_halves_have_the_gradient_of_float32_at_the_true_latent_size():
@@ -301,16 +271,6 @@ def test_ten_thousand_prompts():
     assert sorted(first) == sorted(second) == sorted(prompts) and first != second and first != prompts
 
 
-def test_only_the_prompts_in_use_are_encoded(model, tmp_path, monkeypatch):
-    """Of 10,000 prompts the encoders see those of the evaluation and of the iteration, and the empty one."""
-    (tmp_path / "prompts.txt").write_text("\n".join(f"prompt {n}" for n in range(10_000)))
-    seen, encode = set(), common.SD3.encode
-    monkeypatch.setattr(common.SD3, "encode", lambda self, texts: seen.update(texts) or encode(self, texts))
-    result = run("grpo", model("sd3"), tmp_path / "prompts.txt", tmp_path / "run", "--eval-steps", 1)
-    check_run(result, tmp_path / "run")
-    assert len(seen) <= 64 + 2 + 1
-
-
 def test_scores_in_slices_are_the_scores(model):
     policy = make_policy(model("flux"))
     latents, prompts = policy.draw_noise(7, 1, torch.Generator().manual_seed(0)), [*"aaabbcd"]
@@ -336,26 +296,6 @@ def test_benchmark_has_the_true_sizes(family):
     assert billions == pytest.approx(bench.SIZES[family]["parameters"], rel=2e-3)
 
 
-def test_defaults_of_every_family():
-    for script in (grpo, gcpo, tempflow_grpo):
-        assert set(script.DEFAULTS) == {"tiny", *(family.name for family in common.FAMILIES.values())}
-        fields = script.Args.__dataclass_fields__.keys()
-        assert all(fields >= settings.keys() for settings in script.DEFAULTS.values())
-
-
-@pytest.mark.parametrize(
-    ("family", "options", "said"),
-    [
-        ("flux", {"guidance_embeds": False}, True),
-        ("flux2", {"is_distilled": True}, True),
-        ("flux", {}, False),
-    ],
-)
-def test_a_distilled_model_says_that_guidance_does_nothing(model, prompts, tmp_path, family, options, said):
-    done = run("grpo", model(family, **options), prompts, tmp_path / "run")
-    assert done.returncode == 0 and ("--steps 4 --eval-steps 4" in done.stdout) == said
-
-
 def changed(folder, copy, file, **settings):
     """A copy of a pipeline's folder with other settings in one of its files."""
     shutil.copytree(folder, copy)
@@ -370,27 +310,22 @@ def changed(folder, copy, file, **settings):
         ("transformer/config.json", {"quantization_config": {"quant_method": "bitsandbytes"}}, "cannot be"),
         ("model_index.json", {"vae": ["diffusers", "AutoencoderTiny"]}, "AutoencoderTiny"),
         ("scheduler/scheduler_config.json", {"invert_sigmas": True}, "invert_sigmas"),
-        ("scheduler/scheduler_config.json", {"stochastic_sampling": True}, "stochastic_sampling"),
-        ("scheduler/scheduler_config.json", {"use_beta_sigmas": True}, "beta"),  # or diffusers wants scipy
     ],
 )
-def test_a_model_that_cannot_be_trained_is_one_line(model, prompts, tmp_path, file, settings, word):
-    done = run("grpo", changed(model("sd3"), tmp_path / "model", file, **settings), prompts, tmp_path / "run")
-    (line,) = done.stderr.splitlines()
-    assert done.returncode == 1 and line.startswith("error: --model") and word in line
-    assert not (tmp_path / "run").exists()
+def test_a_model_that_cannot_be_trained_is_one_line(model, tmp_path, file, settings, word):
+    folder = changed(model("sd3"), tmp_path / "model", file, **settings)
+    with pytest.raises(SystemExit, match=f"^error: --model .*{word}"):
+        common.load_pipeline(str(folder), "float32")
 
 
-def test_a_model_without_some_of_its_weights_is_one_line(model, prompts, tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(model("sd3"), folder)
-    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+def test_a_model_without_some_of_its_weights_is_refused(model, tmp_path):
+    shutil.copytree(model("sd3"), tmp_path / "model")
+    file = tmp_path / "model" / "transformer" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
     del weights["proj_out.weight"]
     save_file(weights, file)
-    done = run("grpo", folder, prompts, tmp_path / "run")
-    (line,) = done.stderr.splitlines()
-    assert done.returncode == 1 and "proj_out.weight" in line
+    with pytest.raises(SystemExit, match=r"proj_out\.weight"):
+        common.load_pipeline(str(tmp_path / "model"), "float32")
 
 
 def test_a_model_without_t5(model, prompts, tmp_path):

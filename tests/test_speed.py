@@ -7,20 +7,12 @@ import torch
 from torch._dynamo.utils import counters
 
 import common
-import small_pipelines
-from conftest import here, metrics, quick, slow, small
+from conftest import here, make_policy, metrics, parse, quick, slow, small
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sd3") / "model"
-    small_pipelines.save(folder, "sd3")
-    return folder
-
-
-def make_policy(folder, **settings):
-    options = dict(device="cpu", micro_batch=2, lora_rank=2, lora_alpha=4.0)
-    return common.Policy(common.load_pipeline(str(folder), "float32"), 16, **options | settings)
+@pytest.fixture
+def policy(model):
+    return make_policy(model("sd3"))
 
 
 class Card:
@@ -55,8 +47,7 @@ class Card:
         (13_000, 2, [2, 1], 1),
     ],
 )
-def test_the_micro_batch_that_fits(folder, monkeypatch, total, trajectories, tried, rows):
-    policy = make_policy(folder)
+def test_the_micro_batch_that_fits(policy, monkeypatch, total, trajectories, tried, rows):
     card = Card(monkeypatch, policy, total, each=10_000)
     policy.fit_micro_batch(text=None, trajectories=trajectories, random_steps=0)
     assert (card.tried, policy.micro_batch) == (tried, rows)
@@ -65,24 +56,21 @@ def test_the_micro_batch_that_fits(folder, monkeypatch, total, trajectories, tri
     assert not policy.transformer.is_gradient_checkpointing
 
 
-def test_latents_of_an_iteration_stay_free(folder, monkeypatch):
+def test_latents_of_an_iteration_stay_free(policy, monkeypatch):
     """13 sets of them for four random steps, where that is more than a tenth of the card."""
-    policy = make_policy(folder)
     card = Card(monkeypatch, policy, 100_000, each=10_000)
     policy.fit_micro_batch(text=None, trajectories=5, random_steps=4)
     assert card.reserved[0] == 13 * 5 * 4 * 4 * 8 * 8 and card.tried == [5, 4, 3]
 
 
-def test_if_one_latent_does_not_fit_checkpointing_goes_on(folder, monkeypatch, capsys):
-    policy, other = make_policy(folder), make_policy(folder)
+def test_if_one_latent_does_not_fit_checkpointing_goes_on(policy, monkeypatch):
     card = Card(monkeypatch, policy, 10_000, each=10_000)
     policy.fit_micro_batch(text=None, trajectories=2, random_steps=0)
     assert card.tried == [2, 1, 2, 1] and policy.micro_batch == 1
     assert policy.transformer.is_gradient_checkpointing
-    assert "checkpointing is on" in capsys.readouterr().out
-    Card(monkeypatch, other, 5_000, each=10_000)
+    Card(monkeypatch, policy, 5_000, each=10_000)
     with pytest.raises(SystemExit, match="one latent does not fit"):
-        other.fit_micro_batch(text=None, trajectories=2, random_steps=0)
+        policy.fit_micro_batch(text=None, trajectories=2, random_steps=0)
 
 
 @pytest.mark.parametrize(
@@ -99,8 +87,8 @@ def test_messages_that_mean_that_memory_ran_out(message):
     assert not common.out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
-def test_trying_leaves_no_trace_if_memory_runs_out_halfway(folder, monkeypatch):
-    policy, seen = make_policy(folder), []
+def test_trying_leaves_no_trace_if_memory_runs_out_halfway(policy):
+    seen = []
 
     def half(gradient):
         seen.extend(p.grad.abs().max().item() for p in policy.parameters)
@@ -160,20 +148,23 @@ def test_no_new_graph_after_the_first_iteration(monkeypatch, tmp_path, capfd):
     assert all(line["ratio_first_error"] in (0.0, None) for line in metrics(tmp_path / "run")[1:])
 
 
-def test_text_is_encoded_for_ten_iterations_at_once_and_equals_one_by_one(monkeypatch, tmp_path):
+def test_text_is_encoded_for_ten_iterations_at_once(monkeypatch, tmp_path):
+    """At most 64 of 10,000 prompts for the evaluation, then two per iteration."""
+    (tmp_path / "prompts.txt").write_text("".join(f"prompt {n}\n" for n in range(10_000)))
+    args = parse("grpo", "--prompts", tmp_path / "prompts.txt", "--model", "tiny")
+    assert len(common.held_out_prompts(args)) == 64
     calls, original = [], common.Policy.encode
 
     def encode(self, *batches):
-        calls.append(len(batches))
+        calls.append([len(prompts) for prompts in batches])
         return original(self, *batches)
 
     monkeypatch.setattr(common.Policy, "encode", encode)
     quick("grpo", tmp_path / "run", "--iterations 12")
-    assert calls == [1, 10, 2]  # the evaluation's prompts, ten iterations, two
+    assert calls == [[2], [2] * 10, [2] * 2]  # the evaluation's prompts, ten iterations, two
 
 
-def test_text_of_a_list_does_not_depend_on_the_others(folder):
-    policy = make_policy(folder)
+def test_text_of_a_list_does_not_depend_on_the_others(policy):
     lists = [["a red circle", "two blue squares"], ["a red circle"] * 3, [f"{n} cats" for n in range(11)]]
     together = policy.encode(*lists)
     for prompts, text in zip(lists, together):
@@ -184,7 +175,7 @@ def test_text_of_a_list_does_not_depend_on_the_others(folder):
             assert (rows - other).abs().max() < 1e-5  # float32 in other batches
 
 
-def test_tempflow_fills_no_batch_of_branches_alone(folder, monkeypatch, tmp_path):
+def test_tempflow_fills_no_batch_of_branches_alone(monkeypatch, tmp_path):
     """Rows that go through the network: those of the trunk's micro-batches are filled, others are not."""
     rows, original = [], common.SD3.predict
 
