@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -13,14 +14,25 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import common
 import rewards
-from conftest import ROOT, SCRIPTS, assert_same_run, metrics, run_main, slow, small, state
+from conftest import (
+    ROOT,
+    SCRIPTS,
+    adapter,
+    assert_same_run,
+    metrics,
+    run_main,
+    same_weights,
+    slow,
+    small,
+    state,
+)
 from shapes import shapes
 
 EXTRA = {
@@ -48,13 +60,22 @@ def done(folder):
     return state(folder)["lines"][-1]["iteration"]
 
 
-def adapter_of(iteration):
-    return f"lora/{iteration}/pytorch_lora_weights.safetensors"
+@pytest.fixture
+def stop(whole, tmp_path):
+    """stop(patch, *options) -> (message, last line, checkpoint) of a run that ends in the patch, the two as
+    numbers of iterations. Without the patch the run is resumed, to the end of the run that was left alone.
+    """
 
+    def run_twice(patch, *more):
+        run = tmp_path / "run"
+        with patch:
+            message = run_main("grpo", *options(run, 4, *more))
+        last, saved = metrics(run)[-1]["iteration"], done(run)
+        assert run_main("grpo", "--resume", run) is None
+        assert_same_run(whole, run)
+        return message, last, saved
 
-def same_adapter(one, other):
-    one, other = load_file(one), load_file(other)
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    return run_twice
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -68,51 +89,52 @@ def test_stopped_and_resumed_is_the_same_run(script, tmp_path):
         file.write('{"iteration": 4, "rew')  # half a last line
     assert run_main(script, "--resume", other, "--iterations", "6") is None
     assert_same_run(one, other)
-    for adapter in (adapter_of(3), adapter_of(6)):
-        assert same_adapter(one / adapter, other / adapter)
-        assert (one / adapter).stat().st_mode & 0o777 == (one / "metrics.jsonl").stat().st_mode & 0o777
+    for iteration in (3, 6):
+        assert same_weights(adapter(one, iteration), adapter(other, iteration))
+    file = one / "lora" / "6" / "pytorch_lora_weights.safetensors"
+    assert file.stat().st_mode & 0o777 == (one / "metrics.jsonl").stat().st_mode & 0o777
 
 
-@pytest.mark.parametrize("save_every", [1, 2])
-def test_lines_behind_the_checkpoint_are_dropped(save_every, whole, monkeypatch, tmp_path):
-    """The run ends between the line of iteration 3 and its checkpoint."""
-    run, original = tmp_path / "run", common.write
+def test_lines_behind_the_checkpoint_are_dropped(stop, tmp_path):
+    """The run ends between the line of iteration 4 and its checkpoint, two iterations after the last one."""
+    original = common.write
 
     def write(path, data):
-        if "checkpoint" in str(path) and len(metrics(run)) >= 4:
+        if "checkpoint" in str(path) and len(metrics(tmp_path / "run")) == 5:
             raise KeyboardInterrupt
         original(path, data)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(common, "write", write)
-        message = run_main("grpo", *options(run, 4, "--save-every", save_every))
-    assert f"--resume {run}" in message
-    assert len(metrics(run)) == (4 if save_every == 1 else 5) and done(run) == 2
-    assert run_main("grpo", "--resume", run) is None
-    assert_same_run(whole, run)
+    assert stop(mock.patch.object(common, "write", write), "--save-every", 2)[1:] == (4, 2)
 
 
-@pytest.mark.parametrize("interrupted", [KeyboardInterrupt, torch.OutOfMemoryError("CUDA out of memory")])
-def test_ctrl_c_and_out_of_memory_amid_updates_are_one_line(interrupted, whole, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "end, words",
+    [
+        (KeyboardInterrupt, "stopped; resume with: python grpo.py --resume"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory"),
+            "error: out of memory; .*; resume with: python",
+        ),
+        (None, "error: the gradient is not finite"),
+    ],
+)
+def test_amid_updates(end, words, stop):
     """The first update of iteration 3 has moved the weights; the checkpoint of iteration 2 is kept."""
-    run, original, calls = tmp_path / "run", common.Policy.clip_gradients, []
+    original, calls = common.Policy.clip_gradients, []
 
     def clip_gradients(self, max_norm):
         calls.append(1)
+        if len(calls) == 6 and end:
+            raise end
         if len(calls) == 6:
-            raise interrupted
+            self.parameters[3].grad[0] = torch.nan
         return original(self, max_norm)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(common.Policy, "clip_gradients", clip_gradients)
-        message = run_main("grpo", *options(run, 4))
-    assert f"--resume {run}" in message and "\n" not in message
-    assert done(run) == 2
-    assert run_main("grpo", "--resume", run) is None
-    assert_same_run(whole, run)
+    message, last, saved = stop(mock.patch.object(common.Policy, "clip_gradients", clip_gradients))
+    assert re.match(words, message) and "\n" not in message and last == saved == 2
 
 
-def test_a_reward_that_fails_at_iteration_3(whole, monkeypatch, tmp_path, capfd):
+def test_a_reward_that_fails_at_iteration_3(stop, capfd):
     """A traceback with a note that names the reward and the first prompt; then the line that says resume."""
     calls = []
     prompts = common.iteration_prompts(common.read_prompts(None), 2, 3, 0)
@@ -123,99 +145,61 @@ def test_a_reward_that_fails_at_iteration_3(whole, monkeypatch, tmp_path, capfd)
             raise RuntimeError("no\ngrader")
         return shapes(images, captions)
 
-    with monkeypatch.context() as patch:
-        patch.setitem(rewards.REWARDS, "shapes", reward)
-        message = run_main("grpo", *options(tmp_path / "run", 4))
-    assert message.startswith("error: RuntimeError") and f"--resume {tmp_path / 'run'}" in message
+    message, last, saved = stop(mock.patch.dict(rewards.REWARDS, shapes=reward))
+    assert message.startswith("error: RuntimeError") and "--resume" in message and last == saved == 2
     printed = capfd.readouterr().err
     assert "reward shapes" in printed and prompts[0] in printed and "no\ngrader" in printed
-    assert [line["iteration"] for line in metrics(tmp_path / "run")] == [0, 1, 2]
-    assert done(tmp_path / "run") == 2
-    assert run_main("grpo", "--resume", tmp_path / "run") is None
-    assert_same_run(whole, tmp_path / "run")
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run(whole, monkeypatch, tmp_path):
-    original, calls = common.Policy.clip_gradients, []
-
-    def clip_gradients(self, max_norm):
-        calls.append(1)
-        if len(calls) == 6:
-            self.parameters[3].grad[0] = torch.nan
-        return original(self, max_norm)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(common.Policy, "clip_gradients", clip_gradients)
-        message = run_main("grpo", *options(tmp_path / "run", 4))
-    assert message.startswith("error: the gradient is not finite") and done(tmp_path / "run") == 2
-    assert run_main("grpo", "--resume", tmp_path / "run") is None
-    assert_same_run(whole, tmp_path / "run")
-
-
-def test_a_full_disk(whole, monkeypatch, tmp_path, capfd):
+def test_a_full_disk(stop, tmp_path, capfd):
     """A limit on the size of files, at the checkpoint of iteration 2; then there is room again."""
-    run, original = tmp_path / "run", common.write
+    original = common.write
 
     def write(path, data):
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        if "checkpoint" in str(path) and len(metrics(run)) == 3:
+        if "checkpoint" in str(path) and len(metrics(tmp_path / "run")) == 3:
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
         try:
             original(path, data)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            assert not list((tmp_path / "run").glob("*.tmp"))
 
-    with monkeypatch.context() as patch:
-        patch.setattr(common, "write", write)
-        message = run_main("grpo", *options(run, 4))
-    assert "OSError" in message and f"--resume {run}" in message
+    message, _, saved = stop(mock.patch.object(common, "write", write))
+    assert "OSError" in message and "--resume" in message and saved == 1
     assert "File too large" in capfd.readouterr().err  # the traceback
-    assert done(run) == 1 and not list(run.glob("*.tmp"))
-    assert run_main("grpo", "--resume", run) is None
-    assert_same_run(whole, run)
 
 
-def test_a_damaged_checkpoint_is_one_line(tmp_path):
-    run = tmp_path / "run"
-    assert run_main("grpo", *options(run, 1)) is None
-    content, evil = (run / "checkpoint.pt").read_bytes(), tmp_path / "evil.pt"
-    torch.save({"lora": Path("a pickled object")}, evil)  # weights_only refuses what could run code
-    for damaged in (b"", content[: len(content) // 2], b"text", evil.read_bytes()):
-        (run / "checkpoint.pt").write_bytes(damaged)
-        before = (run / "metrics.jsonl").read_bytes()
-        assert "cannot be resumed" in run_main("grpo", "--resume", run, "--iterations", 2)
-        assert (run / "checkpoint.pt").read_bytes() == damaged and (
-            run / "metrics.jsonl"
-        ).read_bytes() == before
-
-
-def test_what_is_missing_or_damaged_is_not_replaced_by_a_new_run(finished, tmp_path):
-    def damage(name):
-        shutil.copytree(finished, tmp_path / name)
-        return tmp_path / name
-
-    (damage("gone") / "checkpoint.pt").unlink()
-    torch.save({"a": 1}, damage("foreign") / "checkpoint.pt")
-    renamed = state(damage("renamed"))
+def test_a_missing_or_damaged_checkpoint_is_one_line_and_not_replaced(finished, tmp_path):
+    """weights_only refuses what could run code."""
+    content, run, file = (finished / "checkpoint.pt").read_bytes(), tmp_path / "run", tmp_path / "run.pt"
+    damaged = {"No such file": None, "": b"text", "central directory": content[: len(content) // 2]}
+    renamed = state(finished)
     renamed["lora"] = {name.replace("to_q", "to_query"): weight for name, weight in renamed["lora"].items()}
-    torch.save(renamed, tmp_path / "renamed" / "checkpoint.pt")
-    for name, word in (("gone", "No such file"), ("foreign", "lines"), ("renamed", ".to_q")):
-        before = (tmp_path / name / "metrics.jsonl").read_bytes()
-        message = run_main("grpo", "--resume", tmp_path / name, "--iterations", 3)
-        assert message.startswith("error: ") and word in message and "start a new run" in message
-        assert (tmp_path / name / "metrics.jsonl").read_bytes() == before
+    for word, pickled in (("Unsupported", Path()), ("lines", {"a": 1}), (".to_q", renamed)):
+        torch.save(pickled, file)
+        damaged[word] = file.read_bytes()
+    shutil.copytree(finished, run)
+    before = (run / "metrics.jsonl").read_bytes()
+    for word, content in damaged.items():
+        (run / "checkpoint.pt").unlink(missing_ok=True)
+        if content is not None:
+            (run / "checkpoint.pt").write_bytes(content)
+        message = run_main("grpo", "--resume", run, "--iterations", 3)
+        assert "cannot be resumed" in message and word in message and "start a new run" in message
+        assert content is None or (run / "checkpoint.pt").read_bytes() == content
+        assert (run / "metrics.jsonl").read_bytes() == before
 
 
 def test_metrics_are_those_of_the_checkpoint(finished, tmp_path):
     """Whatever became of metrics.jsonl and of the pictures."""
-    for name, content in (("half", (finished / "metrics.jsonl").read_text()[:300]), ("empty", "")):
-        run = tmp_path / name
-        shutil.copytree(finished, run)
-        (run / "metrics.jsonl").write_text(content)
-        shutil.rmtree(run / "samples")
-        assert run_main("grpo", "--resume", run, "--iterations", 3) is None
-        assert metrics(run)[:3] == metrics(finished) and len(metrics(run)) == 4
-        assert (run / "samples" / "3.png").exists() and not (run / "samples" / "compare.png").exists()
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "metrics.jsonl").write_text((finished / "metrics.jsonl").read_text()[:300])
+    shutil.rmtree(run / "samples")
+    assert run_main("grpo", "--resume", run, "--iterations", 3) is None
+    assert metrics(run)[:3] == metrics(finished) and len(metrics(run)) == 4
+    assert (run / "samples" / "3.png").exists() and not (run / "samples" / "compare.png").exists()
 
 
 # ---------------------------------------------------------------- overriding settings
@@ -240,7 +224,6 @@ def finished(tmp_path_factory):
     [
         ("grpo", "--output other", "--output"),
         ("grpo", "--lora-rank 2", "--lora-rank"),
-        ("grpo", "--lora-alpha 2", "--lora-alpha"),
         ("gcpo", "", "grpo.py"),
     ],
 )
@@ -279,7 +262,7 @@ def test_the_average_is_evaluated_whatever_ema_every_becomes(finished, tmp_path)
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
     assert run_main("grpo", "--resume", copy, "--iterations", 3, "--ema-every", 8) is None
-    weights, saved = state(copy)["lora"], load_file(copy / adapter_of(3))
+    weights, saved = state(copy)["lora"], adapter(copy, 3)
     name = next(name for name in weights if "lora_A" in name)
     assert not torch.equal(weights[name], saved[f"transformer.{name}"])
 
@@ -323,13 +306,12 @@ def test_the_adapter_of_each_evaluation_is_kept(monkeypatch, tmp_path, capsys):
     patched = lambda self, *args: original(self, *args) | {"eval_reward": next(scores)}  # noqa: E731
     monkeypatch.setattr(common.Run, "evaluate", patched)
     run = tmp_path / "run"
-    for iterations in (1, 2, 3, 4):
-        start = options(run, 1, "--eval-every", 1) if iterations == 1 else ["--resume", run]
-        assert run_main("grpo", *start, "--iterations", iterations) is None
+    assert run_main("grpo", *options(run, 2, "--eval-every", 1)) is None
+    assert run_main("grpo", "--resume", run, "--iterations", 4) is None
     result, where = capsys.readouterr().out.splitlines()[-2:]
     assert "0.500 -> 0.900, best 0.900 at 2" in result and where.endswith("lora/2")
     for iteration in (2, 3, 4):
-        assert not same_adapter(run / adapter_of(1), run / adapter_of(iteration))
+        assert not same_weights(adapter(run, 1), adapter(run, iteration))
 
 
 # ---------------------------------------------------------------- processes that are killed
