@@ -118,10 +118,6 @@ def test_relations_of_random_boxes():
 
 def test_relations_by_hand():
     box = (40, 40, 60, 60)
-    assert relations((0, 40, 20, 60), box) == {"left of"}
-    assert relations((80, 41, 100, 61), box) == {"right of"}
-    assert relations((40, 0, 60, 20), box) == {"above"}
-    assert relations((40, 90, 60, 99), box) == {"below"}
     assert relations((0, 0, 20, 20), box) == {"left of", "above"}
     assert relations(box, box) == set()
     assert relations((42, 40, 62, 60), box) == set()  # 2 apart, of margin 0.1 * (20 + 20) = 4

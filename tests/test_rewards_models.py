@@ -10,7 +10,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -109,9 +108,10 @@ def naive_logits(folder, image, prompt):
 
 @pytest.mark.parametrize("size", [(32, 32), (40, 56), (96, 33)])
 def test_clipscore_is_the_cosine_of_pairs(clip_folder, size):
-    images = pictures(7, *size)
-    scores, _ = get_reward(f"clipscore:{clip_folder}")(images, PROMPTS)
-    pairs = [naive_logits(clip_folder, image, prompt) for image, prompt in zip(images, PROMPTS)]
+    """Also in batches, in which shorter prompts are padded."""
+    images, prompts = pictures(7, *size), [*PROMPTS[:-1], "a much longer prompt than the others have"]
+    scores = clipscore(images, prompts, clip_folder, batch=3)
+    pairs = [naive_logits(clip_folder, image, prompt) for image, prompt in zip(images, prompts)]
     assert scores.tolist() == pytest.approx([logit / scale for logit, scale in pairs], abs=ROUNDING)
     assert scores.dtype == torch.float32 and scores.device.type == "cpu"
     assert scores.std() > 0.01 and scores.abs().max() <= 1
@@ -125,18 +125,6 @@ def test_pickscore_is_the_logit_over_26(clip_folder, monkeypatch):
     assert scores.tolist() == pytest.approx(naive, abs=ROUNDING)
 
 
-def test_batches_of_any_size_and_order_agree(clip_folder):
-    images, prompts = pictures(), [*PROMPTS[:-1], "a much longer prompt than the others have"]
-    together = clipscore(images, prompts, clip_folder)
-    alone = torch.cat([clipscore(images[n : n + 1], prompts[n : n + 1], clip_folder) for n in range(7)])
-    assert torch.allclose(together, alone, atol=ROUNDING)
-    assert torch.allclose(together, clipscore(images, prompts, clip_folder, batch=3), atol=ROUNDING)
-    order = torch.tensor([3, 0, 6, 5, 1, 2, 4])
-    moved = clipscore(images[order], [prompts[n] for n in order], clip_folder)
-    assert torch.allclose(moved, together[order], atol=ROUNDING)
-    assert not torch.allclose(clipscore(images[order], prompts, clip_folder), together, atol=1e-3)
-
-
 def test_long_prompts_are_cut(clip_folder):
     images, long = pictures(2), "word " * 60
     scores = clipscore(images, [long, "a dog"], clip_folder)
@@ -146,20 +134,16 @@ def test_long_prompts_are_cut(clip_folder):
     assert torch.allclose(scores, other_end, atol=ROUNDING)
 
 
-def test_rewards_share_a_model_and_leave_the_images_alone(clip_folder):
+def test_rewards_share_a_model(clip_folder):
     images = pictures()
-    before = images.clone()
     reward = get_reward(f"clipscore:{clip_folder}=0.5,pickscore:{clip_folder}=0.5", offload=True)
     assert not rewards.LOADED  # nothing is loaded before it is asked for
     reward.load(PROMPTS)
-    total, parts = reward(images, PROMPTS)
-    assert len(rewards.LOADED) == 1 and torch.equal(images, before)
-    assert torch.equal(reward(images, PROMPTS)[0], total)
-    assert torch.allclose(
-        parts[f"pickscore:{clip_folder}"], parts[f"clipscore:{clip_folder}"] * np.exp(3.3) / 26
-    )
+    _, parts = reward(images, PROMPTS)
     ((module, *_),) = rewards.LOADED.values()
     assert not module.training and not any(p.requires_grad for p in module.parameters())
+    scaled = parts[f"clipscore:{clip_folder}"] * np.exp(3.3) / 26
+    assert torch.allclose(parts[f"pickscore:{clip_folder}"], scaled)
 
 
 # ---------------------------------------------------------------- aesthetic
@@ -357,7 +341,7 @@ def padded_by_hand(image, size=32):
     return torch.tensor(pixels.transpose(2, 0, 1))
 
 
-@pytest.mark.parametrize("size", [(32, 32), (40, 56), (96, 33), (17, 90)])
+@pytest.mark.parametrize("size", [(96, 33), (17, 90)])
 def test_hpsv2_is_the_cosine_in_open_clip(original, clip_folder, tmp_path, size):
     images = pictures(7, *size)
     reward = partial(rewards.hpsv2, base=clip_folder, device="cpu")
@@ -372,38 +356,24 @@ def test_hpsv2_is_the_cosine_in_open_clip(original, clip_folder, tmp_path, size)
     assert torch.allclose(file, scores, rtol=0, atol=ROUNDING)
 
 
-def test_a_checkpoint_of_hpsv2_that_lacks_something(original, clip_folder, tmp_path):
-    weights = original.state_dict()
-    del weights["transformer.resblocks.1.attn.in_proj_bias"]
-    torch.save({"state_dict": weights}, tmp_path / "HPS_v2.1_compressed.pt")
-    with pytest.raises(ValueError, match=r"no weights for text_model.*1.self_attn.k_proj.bias and 2 more"):
-        rewards.load_hpsv2(str(tmp_path), clip_folder, "cpu")
-
-
 # ---------------------------------------------------------------- wrong folders
 
 
-def test_a_model_that_is_not_one_or_lacks_something(clip_folder, detector_folder, tmp_path, monkeypatch):
+def test_a_model_that_is_not_one_or_lacks_something(clip_folder, tmp_path):
     long = tmp_path / ("a" * 200) / ("b" * 200)  # the cause comes after it
     (long / "config only").mkdir(parents=True)
     (long / "config only" / "config.json").write_text('{"model_type": "clip"}')
     assert "no file named" in failure(f"clipscore:{long}/config only")
-    assert "has no weights for" in failure(f"pickscore:{detector_folder}")
-    shutil.copytree(clip_folder, long / "weights", dirs_exist_ok=True)
+    shutil.copytree(clip_folder, long / "weights")
     weights = load_file(long / "weights" / "model.safetensors")
     del weights["text_projection.weight"]
-    save_file(weights, long / "weights" / "model.safetensors", {"format": "pt"})
-    assert "no weights for text_projection.weight" in failure(f"clipscore:{long}/weights")
-    weights["text_projection.weight"] = torch.zeros(768, 31)
-    save_file(weights, long / "weights" / "model.safetensors", {"format": "pt"})
-    assert "no weights for text_projection.weight" in failure(f"clipscore:{long}/weights")
-    shutil.copytree(
-        clip_folder, long / "words", ignore=shutil.ignore_patterns("tokenizer*", "vocab*", "merges*")
-    )
+    for other in ({}, {"text_projection.weight": torch.zeros(768, 31)}):
+        save_file(weights | other, long / "weights" / "model.safetensors", {"format": "pt"})
+        assert "no weights for text_projection.weight" in failure(f"clipscore:{long}/weights")
+    without = shutil.ignore_patterns("tokenizer*", "vocab*", "merges*")
+    shutil.copytree(clip_folder, long / "words", ignore=without)
     message = failure(f"clipscore:{long}/words")
     assert "has no CLIP tokenizer" in message or transformers.__version__.startswith("4.")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert "nobody/has-this" in failure("clipscore:nobody/has-this")
 
 
 # ---------------------------------------------------------------- geneval, end to end

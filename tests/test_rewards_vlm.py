@@ -165,7 +165,7 @@ def test_a_batch_without_any_score_ends_the_run(serve):
 
 
 @needs_openai
-@pytest.mark.parametrize("status", [429, 500, 503])
+@pytest.mark.parametrize("status", [429, 503])
 def test_a_server_that_fails_at_first_is_asked_again(status, serve):
     count = itertools.count()
     server = serve(lambda body: score(7) if next(count) else (status, b'{"error": "overloaded"}'))
@@ -186,21 +186,6 @@ def test_a_slow_answer_is_asked_for_again_and_then_ends_the_run(serve):
 
 
 @needs_openai
-def test_a_server_that_goes_away_amid_a_run_ends_it(serve):
-    server = serve(lambda body: score(5))
-    reward = get_reward(f"vlm:{server.url}")
-    reward.load(["p"])
-    assert reward(grey(1, 2), ["p", "p"])[0].tolist() == [0.5, 0.5]
-    server.shutdown()
-    server.server_close()
-    with pytest.raises(
-        SystemExit, match=f"error: the server {server.url} gave no answer: Conn.*refused"
-    ) as end:
-        reward(grey(*range(40)), ["p"] * 40)
-    assert "\n" not in str(end.value)
-
-
-@needs_openai
 def test_a_server_that_refuses_or_is_not_there(serve):
     server = serve(lambda body: (404, b'{"error": {"message": "no model nobody"}}'))
     with pytest.raises(SystemExit, match="gave no answer: Error code: 404 - no model nobody"):
@@ -214,8 +199,9 @@ def test_a_server_that_refuses_or_is_not_there(serve):
     with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
         port = server.server_port  # free again below
     for url in (f"http://127.0.0.1:{port}/v1", "localhost"):
-        with pytest.raises(SystemExit, match=f"error: the server {url} gave no answer: Connection error"):
+        with pytest.raises(SystemExit, match=f"error: the server {url} gave no answer: Conn.*") as end:
             get_reward(f"vlm:{url}").load(["p"])
+        assert "\n" not in str(end.value)
 
 
 # ---------------------------------------------------------------- ocr
