@@ -41,6 +41,8 @@ import tempflow_grpo  # noqa: E402
 SCRIPTS = {module.__name__: module for module in (grpo, gcpo, tempflow_grpo)}
 # configs of the published networks, the transformer's parameters in billions, the shapes of a prompt's text
 SIZES = json.loads((ROOT / "tests" / "sizes.json").read_text())
+TINY = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
+TINY_CLIP = {"projection_dim": 16, "text_config": TINY, "vision_config": TINY | {"patch_size": 112}}
 
 # ---------------------------------------------------------------- pipelines with random weights
 
@@ -328,7 +330,7 @@ def run_iteration(module, args, options):
         line += ["--resolution", "16"] if args.tiny else []
         own = script_args(module, args.model, folder, [*line, *options], args.device)
         pipe = make_pipeline(args.model, args.device, getattr(torch, own.dtype), args.tiny)
-        clip = rewards.frozen(make("CLIPModel", {} if args.tiny else SIZES["pickscore"]), args.device)
+        clip = rewards.frozen(make("CLIPModel", TINY_CLIP if args.tiny else SIZES["pickscore"]), args.device)
         scorer = clip, small_pipelines.clip_tokenizer(), transformers.CLIPImageProcessorPil(), 100.0
         loaded = {("load_clip", args.device, rewards.PICKSCORE): scorer}
         with (

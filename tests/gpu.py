@@ -117,11 +117,10 @@ def write_model(model, folder, device, small):
 
     clip = Path(folder, "clip")
     if not clip.exists():
-        tiny = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
-        tiny = {"projection_dim": 16, "text_config": tiny, "vision_config": tiny | {"patch_size": 112}}
         torch.set_default_dtype(torch.float32 if small else torch.float16)
         with torch.device(device):
-            bench.make("CLIPModel", tiny if small else bench.SIZES["pickscore"]).save_pretrained(clip)
+            config = bench.TINY_CLIP if small else bench.SIZES["pickscore"]
+            bench.make("CLIPModel", config).save_pretrained(clip)
         torch.set_default_dtype(torch.float32)
         vocabulary = small_pipelines.clip_tokenizer().get_vocab()
         vocabulary |= {f"unused{n}": n for n in range(len(vocabulary), 49408)}

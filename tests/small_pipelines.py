@@ -53,17 +53,11 @@ def clip_tokenizer():
 
 def clip(tokenizer, model_class):
     config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=TEXT_TOKENS,
-        projection_dim=16,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=TEXT_TOKENS, projection_dim=16,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-    )
+    )  # fmt: skip
     return model_class(config)
 
 
@@ -90,51 +84,31 @@ def qwen3():
         chat_template="{% for m in messages %}<|im_start|>{{m.role}}\n{{m.content}}<|im_end|>\n{% endfor %}",
     )
     config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8,
         num_hidden_layers=27,  # the pipeline reads the states after layers 9, 18 and 27
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-    )
+    )  # fmt: skip
     return tokenizer, Qwen3ForCausalLM(config)
 
 
 def autoencoder(model_class, **options):
     return model_class(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=32,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        **options,
-    )
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16), layers_per_block=1, latent_channels=4, norm_num_groups=4,
+        sample_size=32, use_quant_conv=False, use_post_quant_conv=False, **options,
+    )  # fmt: skip
 
 
 def sd3(dynamic_shifting=False):
     tokenizer = clip_tokenizer()
     tokenizer_3, text_encoder_3 = t5()
+    transformer = SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+        num_attention_heads=4, joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=32,
+        pos_embed_max_size=8, dual_attention_layers=(0,), qk_norm="rms_norm",
+    )  # fmt: skip
     return StableDiffusion3Pipeline(
-        transformer=SD3Transformer2DModel(
-            sample_size=16,
-            patch_size=2,
-            in_channels=4,
-            out_channels=4,
-            num_layers=2,
-            attention_head_dim=8,
-            num_attention_heads=4,
-            joint_attention_dim=32,
-            caption_projection_dim=32,
-            pooled_projection_dim=32,
-            pos_embed_max_size=8,
-            dual_attention_layers=(0,),
-            qk_norm="rms_norm",
-        ),
+        transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic_shifting),
         vae=autoencoder(AutoencoderKL, scaling_factor=1.5, shift_factor=0.1),
         text_encoder=clip(tokenizer, CLIPTextModelWithProjection),
@@ -148,19 +122,13 @@ def sd3(dynamic_shifting=False):
 
 def flux(guidance_embeds=True):
     tokenizer, (tokenizer_2, text_encoder_2) = clip_tokenizer(), t5()
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=16,
+        guidance_embeds=guidance_embeds, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
     return FluxPipeline(
-        transformer=FluxTransformer2DModel(
-            patch_size=1,
-            in_channels=16,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=32,
-            pooled_projection_dim=16,
-            guidance_embeds=guidance_embeds,
-            axes_dims_rope=(4, 4, 8),
-        ),
+        transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=autoencoder(AutoencoderKL, scaling_factor=0.36, shift_factor=0.1),
         text_encoder=clip(tokenizer, CLIPTextModel),
@@ -179,24 +147,12 @@ def flux2(is_distilled=False):
     vae = autoencoder(AutoencoderKLFlux2)
     vae.bn.running_mean.normal_()
     vae.bn.running_var.uniform_(0.5, 2.0)
-    return Flux2KleinPipeline(
-        transformer=Flux2Transformer2DModel(
-            patch_size=1,
-            in_channels=16,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=48,
-            axes_dims_rope=(4, 4, 4, 4),
-            guidance_embeds=False,
-        ),
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        is_distilled=is_distilled,
-    )
+    transformer = Flux2Transformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=48, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return Flux2KleinPipeline(scheduler, vae, text_encoder, tokenizer, transformer, is_distilled)
 
 
 MAKERS = {"sd3": sd3, "flux": flux, "flux2": flux2}
@@ -206,9 +162,7 @@ def save(folder, name, seed=0, **options):
     """Make the pipeline of a family with random weights, save it into folder. Pictures are 16 pixels wide."""
     torch.manual_seed(seed)
     pipe = MAKERS[name](**options)
-    for (
-        weight
-    ) in pipe.transformer.parameters():  # the real initialisation has zeros: then nothing would be tested
+    for weight in pipe.transformer.parameters():  # the usual start has zeros, which would hide errors
         if weight.dim() > 1:
             torch.nn.init.normal_(weight, std=1.0 / weight[0].numel() ** 0.5)
     pipe.save_pretrained(folder)

@@ -82,6 +82,7 @@ def terms(module, seen, part):
     """
     (*_, sigmas, s, _, chosen), (_, _, old, _) = seen.rollouts[0]
     advantage, K = seen.advantages[0][1][0].double(), len(old)
+    assert seen.advantages[0][0][1] is None  # so it is divided by the std of each group
     std = torch.stack([s[k] * (sigmas[k] - sigmas[k + 1]).sqrt() for k in chosen]).double()
     for n in part:
         if module is gcpo:
@@ -155,11 +156,10 @@ def test_grpo_in_float32_points_where_the_naive_gradient_in_float64_does(record)
 
 
 @pytest.mark.parametrize("module", EACH)
-def test_advantages_are_divided_by_the_std_of_the_group_or_of_the_batch(record, module):
-    for kind in ("group", "batch"):
-        seen = record(module, "--iterations", "1", "--adv-std", kind, double=False)
-        rewards, std, _ = seen.advantages[0][0]
-        assert std is None if kind == "group" else std == rewards.flatten().std(correction=0)
+def test_advantages_are_divided_by_the_std_of_the_batch(record, module):
+    seen = record(module, "--iterations", "1", "--adv-std", "batch", double=False)
+    rewards, std, _ = seen.advantages[0][0]
+    assert std == rewards.flatten().std(correction=0)
 
 
 @pytest.mark.parametrize("module", EACH)
@@ -194,7 +194,7 @@ def test_kl_to_the_reference(record, monkeypatch, module):
     "chunks, steps, fraction",
     [
         *(("adaptive", "all", 1.0), ("adaptive", "all", 0.5), ("1,3", "all", 0.5), ("4", "all", 1.0)),
-        *(("1,1,2", "all", 0.5), ("2,1", "1,2,3", 1.0), ("halves", "1,2,3", 1.0), ("adaptive", "1,2", 1.0)),
+        *(("halves", "1,2,3", 1.0), ("adaptive", "1,2", 1.0)),
     ],
 )
 def test_gcpo(record, chunks, steps, fraction):

@@ -2,15 +2,13 @@
 
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import common
-from conftest import ROOT, DoublePolicy, here, metrics, parse, slow, state
+from conftest import ROOT, DoublePolicy, adapter, here, metrics, parse, slow, state
 
 # A micro-batch that both one and two processes fill: the network then sees the same shapes in each.
 SMALL = "--seed 3 --prompts-per-iteration 4 --eval-seeds 1 --lora-rank 4 --micro-batch 4 --steps 4"
@@ -38,30 +36,33 @@ def torchrun(logs, script, *arguments, within=600):
     return done.returncode, done.stdout, done.stderr, errors
 
 
-def one_process(script, folder, *arguments):
-    result = here(script, *arguments, "--output", folder)
+def run_twice(folder, script, *arguments, driver=None):
+    """The runs `one` (one process) and `two` (two processes) in a folder. Returns what the second printed.
+
+    driver: a file to start in place of the script, in the two processes.
+    """
+    result = here(script, *arguments, "--output", folder / "one")
     assert result.returncode == 0, result.stderr
+    output = "--output", folder / "two"
+    status, out, report, errors = torchrun(folder / "logs", driver or script, *arguments, *output)
+    assert status == 0 and errors == [[], []], (report, errors)
+    return out
 
 
-def adapter(folder):
-    *_, file = sorted(Path(folder, "lora").glob("*/*.safetensors"))  # at most nine evaluations
-    return load_file(file)
-
-
-def assert_same_adapter(one, other):
+def assert_same_adapter(one, other, last):
     """To 1e-4 relative, as vectors.
 
     Adam divides a gradient by its size: where a gradient is no larger than its rounding error, the step is as
     large as any other and has any sign. How many weights that concerns depends on the CPU: vectors differed
     by 8e-7 on one and by 1.8e-5 on another. In float64 every single weight agrees, see below.
     """
-    one, other = ([rows.flatten() for rows in adapter(folder).values()] for folder in (one, other))
+    one, other = ([rows.flatten() for rows in adapter(folder, last).values()] for folder in (one, other))
     one, other = torch.cat(one).double(), torch.cat(other).double()
     assert (one - other).norm() < 1e-4 * one.norm()
 
 
 def assert_trained(run):
-    weights = torch.cat([rows.flatten() for name, rows in adapter(run).items() if "lora_B" in name])
+    weights = torch.cat([rows.flatten() for name, rows in adapter(run, 2).items() if "lora_B" in name])
     assert weights.abs().max() > 1e-3  # B began at 0
 
 
@@ -85,14 +86,9 @@ def assert_same_metrics(one, other, rel=2e-4):
 
 @pytest.mark.parametrize("script", ["grpo", "tempflow_grpo"])
 def test_two_processes_make_the_run_of_one(script, tmp_path):
-    arguments = options(script, "--iterations", 2, "--eval-every", 2)
-    one_process(script, tmp_path / "one", *arguments)
-    logs, output = tmp_path / "logs", ("--output", tmp_path / "two")
-    status, out, report, errors = torchrun(logs, script, *arguments, *output)
-    assert status == 0, (report, errors)
-    assert errors == [[], []]
+    out = run_twice(tmp_path, script, *options(script, "--iterations", 2, "--eval-every", 2))
     assert out.count("eval_reward") == out.count("step   sigma") == 1  # one of them prints
-    assert_same_adapter(tmp_path / "one", tmp_path / "two")
+    assert_same_adapter(tmp_path / "one", tmp_path / "two", 2)
     assert_same_metrics(tmp_path / "one", tmp_path / "two")
     assert_trained(tmp_path / "two")
 
@@ -123,16 +119,12 @@ def test_every_weight_in_float64_and_one_process_writes(monkeypatch, tmp_path):
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER)
     more = ["--iterations", 2, "--eval-every", 2, "--ema-decay", 0]  # the average is float32
-    arguments = options("gcpo", *more)
     monkeypatch.setattr(common, "Policy", DoublePolicy)
-    one_process("gcpo", tmp_path / "one", *arguments)
-    logs, output = tmp_path / "logs", ("--output", tmp_path / "two")
-    status, _, report, errors = torchrun(logs, str(driver), *arguments, *output)
-    assert status == 0, (report, errors)
+    run_twice(tmp_path, "gcpo", *options("gcpo", *more), driver=str(driver))
     # its pictures are rounded: one number may round the other way, by 6e-8 of 3,072
     assert_same_metrics(tmp_path / "one", tmp_path / "two", rel=1e-6)
     assert_trained(tmp_path / "two")
-    one, two = adapter(tmp_path / "one"), adapter(tmp_path / "two")
+    one, two = adapter(tmp_path / "one", 2), adapter(tmp_path / "two", 2)
     for name, weight in one.items():
         assert weight.dtype == torch.float64
         assert (weight - two[name]).abs().max() <= 1e-9 * weight.abs().max(), name
@@ -143,13 +135,14 @@ def test_every_weight_in_float64_and_one_process_writes(monkeypatch, tmp_path):
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     """An iteration of one process, one of two, one of one, as in a run of one process for all three."""
     arguments = options("grpo", "--eval-every", 1)
-    one_process("grpo", tmp_path / "whole", *arguments, "--iterations", 3)
-    one_process("grpo", tmp_path / "parts", *arguments, "--iterations", 1)
+    for name, iterations in (("whole", 3), ("parts", 1)):
+        more = "--output", tmp_path / name, "--iterations", iterations
+        assert here("grpo", *arguments, *more).returncode == 0
     more = ["--resume", tmp_path / "parts", "--iterations", 2]
     status, _, report, errors = torchrun(tmp_path / "logs", "grpo", *more)
     assert status == 0, (report, errors)
     assert here("grpo", "--resume", tmp_path / "parts", "--iterations", 3).returncode == 0
-    assert_same_adapter(tmp_path / "whole", tmp_path / "parts")
+    assert_same_adapter(tmp_path / "whole", tmp_path / "parts", 3)
     assert_same_metrics(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -172,43 +165,32 @@ def test_flat_groups_on_one_of_two_processes(tmp_path):
     (tmp_path / "p.txt").write_text("\n".join(by_place[n] for n in range(4)))
     arguments = [*options("grpo", "--iterations", 1), "--reward", f"{tmp_path / 'r.py'}:half", "--kl-coef", 0]
     arguments += ["--adv-std", "group", "--prompts", tmp_path / "p.txt", "--model", "tiny"]
-    one_process("grpo", tmp_path / "one", *arguments)
-    logs, output = tmp_path / "logs", ("--output", tmp_path / "two")
-    status, _, report, errors = torchrun(logs, "grpo", *arguments, *output)
-    assert status == 0, (report, errors)
+    run_twice(tmp_path, "grpo", *arguments)
     assert metrics(tmp_path / "two")[1]["zero_std_groups"] == 0.5
-    assert_same_adapter(tmp_path / "one", tmp_path / "two")
+    assert_same_adapter(tmp_path / "one", tmp_path / "two", 1)
     assert_same_metrics(tmp_path / "one", tmp_path / "two")
 
 
 def test_reward_that_fails_in_one_process(tmp_path):
     """Traceback, note and line come from that process, torchrun ends the other; the checkpoint is kept."""
-    (tmp_path / "rewards_of_mine.py").write_text(
-        "import torch\n"
+    (tmp_path / "mine.py").write_text(
+        "import os\n"
+        "calls = []\n"
         "def picky(images, prompts):\n"
-        "    if 'a bad prompt' in prompts:\n"
+        "    calls.append(0)\n"
+        "    if os.environ['RANK'] == '1' and len(calls) == 4:\n"  # loading, evaluation, iterations 1, 2
         "        raise ValueError('will not look at this')\n"
         "    return images.mean((1, 2, 3))\n"
     )
-    names = [f"a {colour} circle" for colour in ("red", "green", "blue", "yellow")] * 2
-    held_out = ROOT / "tests" / "tiny" / "eval_prompts.txt"
-    arguments = options("grpo", "--eval-every", 1000, "--eval-prompts", held_out)
-    # the second iteration's second prompt, of which every process knows the place beforehand
-    order = common.iteration_prompts(range(len(names)), 4, 2, seed=3)
-    names[order[1]] = "a bad prompt"
-    (tmp_path / "prompts.txt").write_text("\n".join(names))
-    reward = f"{tmp_path / 'rewards_of_mine.py'}:picky"
-    more = ["--prompts", tmp_path / "prompts.txt", "--model", "tiny", "--reward", reward]
-    more += ["--output", tmp_path / "run"]
-    status, _, _, (_, second) = torchrun(tmp_path / "logs", "grpo", *arguments, *more, within=180)
+    arguments = options("grpo", "--eval-every", 1000, "--reward", f"{tmp_path / 'mine.py'}:picky")
+    output = "--output", tmp_path / "run"
+    status, _, _, (_, second) = torchrun(tmp_path / "logs", "grpo", *arguments, *output, within=180)
     assert status != 0
     (line,) = second
     assert "ValueError" in line and "--resume" in line
     (log,) = (tmp_path / "logs").glob("*/attempt_0/1/stderr.log")
-    assert (
-        "will not look at this" in log.read_text()
-        and "in the reward rewards_of_mine.py:picky" in log.read_text()
-    )
+    text = log.read_text()
+    assert "will not look at this" in text and "in the reward mine.py:picky" in text
     saved = state(tmp_path / "run")["lines"]
     assert metrics(tmp_path / "run")[-1]["iteration"] == saved[-1]["iteration"] == 1
 
