@@ -113,9 +113,7 @@ class Meter(TorchDispatchMode):
         self.bytes -= size
 
 
-def attention(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
-):
+def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **unused):
     """A kernel of scaled_dot_product_attention on CUDA, which the meta device would not choose."""
     options = attn_mask, torch.is_grad_enabled() and query.requires_grad, dropout_p, is_causal
     return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, *options, scale=scale)[0]
@@ -233,11 +231,8 @@ def plan(module, args, model, memory, rate, tiny=False):
     names = "resolution guidance lora_rank lora_alpha gradient_checkpointing".split()
     m = count_model(model, args.dtype, tiny, **{name: getattr(args, name) for name in names})
     does, offload = work(module, args), args.reward_offload * SCORE_BYTES
-    jobs = {
-        "rollout": ("rollout", does.forward),
-        "reward": ("decode", [does.images]),
-        "train": ("train", does.train),
-    }
+    jobs = {"rollout": ("rollout", does.forward), "reward": ("decode", [does.images])}
+    jobs["train"] = "train", does.train
     stays = m.network + m.adapter * 4  # with gradient, AdamW's two, average
     stays += m.latent * does.latents + SCORE_BYTES - offload
     pictures = 2 * min(64, does.images) * 12 * args.resolution**2  # two copies of what common.score holds
@@ -333,10 +328,8 @@ def run_iteration(module, args, options):
         clip = rewards.frozen(make("CLIPModel", TINY_CLIP if args.tiny else SIZES["pickscore"]), args.device)
         scorer = clip, small_pipelines.clip_tokenizer(), transformers.CLIPImageProcessorPil(), 100.0
         loaded = {("load_clip", args.device, rewards.PICKSCORE): scorer}
-        with (
-            mock.patch.dict(rewards.LOADED, loaded),
-            mock.patch.object(common, "load_pipeline", lambda *_: pipe),
-        ):
+        pipeline = mock.patch.object(common, "load_pipeline", lambda *_: pipe)
+        with mock.patch.dict(rewards.LOADED, loaded), pipeline:
             module.main(own)
         *_, before, last = map(json.loads, Path(folder, "run", "metrics.jsonl").read_text().splitlines())
         last |= {name: last[name] - before[name] for name in ("images", "velocity_evals")}
@@ -357,10 +350,8 @@ def bench_iteration(args, options):
             print(f"{script}: {error!r}", flush=True)
             continue
         total = sum(measured[f"{phase}_s"] for phase in ("rollout", "reward", "train"))
-        measured |= {
-            "seconds without eval": total,
-            "share of products": counted["PFLOP"] * 1e15 / total / rate,
-        }
+        measured["seconds without eval"] = total
+        measured["share of products"] = counted["PFLOP"] * 1e15 / total / rate
         shown = [*counted, "share of products", "ratio_first_error", "grad_norm"]
         measured = {name: measured[name] for name in shown if name in measured}
         print_table(f"{script} {args.model} {' '.join(options)}", {"measured": measured, "counted": counted})
@@ -369,9 +360,8 @@ def bench_iteration(args, options):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     commands = {"plan": bench_plan, "iteration": bench_iteration}
     parser.add_argument("command", choices=list(commands))
     parser.add_argument("--model", choices=list(small_pipelines.MAKERS), default="sd3")

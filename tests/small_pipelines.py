@@ -16,18 +16,6 @@ from diffusers import (
 )
 from packaging.version import Version
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    Qwen2Tokenizer,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    T5Config,
-    T5EncoderModel,
-    T5Tokenizer,
-)
 
 try:
     from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
@@ -43,16 +31,16 @@ def clip_tokenizer():
     pieces = [*LETTERS, *(letter + "</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
     vocab = {piece: n for n, piece in enumerate(pieces)}
     if NEW:
-        return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=TEXT_TOKENS)
+        return transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=TEXT_TOKENS)
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder, "vocab.json"), Path(folder, "merges.txt")
         files[0].write_text(json.dumps(vocab))
         files[1].write_text("#version: 0.2\n")
-        return CLIPTokenizer(*files, model_max_length=TEXT_TOKENS)
+        return transformers.CLIPTokenizer(*files, model_max_length=TEXT_TOKENS)
 
 
 def clip(tokenizer, model_class):
-    config = CLIPTextConfig(
+    config = transformers.CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
         num_attention_heads=2, max_position_embeddings=TEXT_TOKENS, projection_dim=16,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
@@ -65,30 +53,31 @@ def t5():
     pieces = ["<pad>", "</s>", "<unk>", *("▁" + LETTERS)]
     vocab = [(piece, 0.0 if n < 3 else -2.0) for n, piece in enumerate(pieces)]
     if NEW:
-        tokenizer = T5Tokenizer(vocab=vocab, extra_ids=0)
+        tokenizer = transformers.T5Tokenizer(vocab=vocab, extra_ids=0)
     else:
         backend = Tokenizer(models.Unigram(vocab, unk_id=2))
         backend.pre_tokenizer = pre_tokenizers.Metaspace()
         backend.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
         tokenizer = transformers.T5TokenizerFast(tokenizer_object=backend, extra_ids=0)
-    config = T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)
-    return tokenizer, T5EncoderModel(config)
+    sizes = dict(d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)
+    config = transformers.T5Config(vocab_size=len(tokenizer), **sizes)
+    return tokenizer, transformers.T5EncoderModel(config)
 
 
 def qwen3():
     pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer = Qwen2Tokenizer(
+    tokenizer = transformers.Qwen2Tokenizer(
         vocab={p: n for n, p in enumerate(pieces)},
         merges=[],
         additional_special_tokens=pieces[-2:],
         chat_template="{% for m in messages %}<|im_start|>{{m.role}}\n{{m.content}}<|im_end|>\n{% endfor %}",
     )
-    config = Qwen3Config(
+    config = transformers.Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_attention_heads=2,
         num_key_value_heads=1, head_dim=8,
         num_hidden_layers=27,  # the pipeline reads the states after layers 9, 18 and 27
     )  # fmt: skip
-    return tokenizer, Qwen3ForCausalLM(config)
+    return tokenizer, transformers.Qwen3ForCausalLM(config)
 
 
 def autoencoder(model_class, **options):
@@ -111,9 +100,9 @@ def sd3(dynamic_shifting=False):
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic_shifting),
         vae=autoencoder(AutoencoderKL, scaling_factor=1.5, shift_factor=0.1),
-        text_encoder=clip(tokenizer, CLIPTextModelWithProjection),
+        text_encoder=clip(tokenizer, transformers.CLIPTextModelWithProjection),
         tokenizer=tokenizer,
-        text_encoder_2=clip(tokenizer, CLIPTextModelWithProjection),
+        text_encoder_2=clip(tokenizer, transformers.CLIPTextModelWithProjection),
         tokenizer_2=tokenizer,
         text_encoder_3=text_encoder_3,
         tokenizer_3=tokenizer_3,
@@ -131,7 +120,7 @@ def flux(guidance_embeds=True):
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=autoencoder(AutoencoderKL, scaling_factor=0.36, shift_factor=0.1),
-        text_encoder=clip(tokenizer, CLIPTextModel),
+        text_encoder=clip(tokenizer, transformers.CLIPTextModel),
         tokenizer=tokenizer,
         text_encoder_2=text_encoder_2,
         tokenizer_2=tokenizer_2,

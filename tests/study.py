@@ -311,17 +311,16 @@ def commit_of(folder):
 def check(config, name, seed):
     """SystemExit if a config.json has other settings than the run's command, or other options besides."""
     free = ("iterations", "eval-every", "output", "resume", "device")  # they change no number of an iteration
-    both = (
-        re.findall(r"--(\S+)(?: (?!--)(\S+))?", line) for line in (config["command"], command(name, seed))
-    )
+    lines = config["command"], command(name, seed)
+    both = (re.findall(r"--(\S+)(?: (?!--)(\S+))?", line) for line in lines)
     given, wanted = ({option: value for option, value in line if option not in free} for line in both)
 
     def differs(option):
         setting, value = config["settings"].get(option.replace("-", "_")), wanted[option]
-        if isinstance(setting, bool) or not isinstance(setting, int | float):
-            return (
-                setting is not True if value == "" else not str(setting).endswith(value)
-            )  # an absolute path
+        if value == "":  # a flag
+            return setting is not True
+        if not isinstance(setting, int | float):
+            return not str(setting).endswith(value)  # an absolute path
         return setting != float(value)
 
     if wrong := [*(given.keys() - wanted), *filter(differs, wanted)]:
@@ -422,9 +421,8 @@ def main():
     runs = load()
     if args.what == "run" and (todo := [job for job in jobs(runs) if job not in runs]):
         make(*todo[0])
-        os.execv(
-            sys.executable, [sys.executable, *sys.argv]
-        )  # from the start: the result may choose the next
+        # from the start: the result may choose the next
+        os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
 if __name__ == "__main__":

@@ -72,16 +72,14 @@ def draw_noise(axes, runs):
             levels = sorted({row.name.split()[2] for row in rows if row.name.split()[1] == sde}, key=float)
             found = {level: values(runs, f"grpo {sde} {level} {steps}", seeds).values() for level in levels}
             found = {float(level): list(rewards) for level, rewards in found.items() if rewards}
-            one.plot(
-                [*found], [np.mean(rewards) for rewards in found.values()], style[1:], color=f"C{number}"
-            )
+            means = [np.mean(rewards) for rewards in found.values()]
+            one.plot([*found], means, style[1:], color=f"C{number}")
             for level, rewards in found.items():
                 one.plot([level] * len(rewards), rewards, style[0], color=f"C{number}")
         one.axhline(0.502, color="0.6", linewidth=0.8, linestyle=":")
         one.set_ylim(0.35, 0.95)
-        finish(
-            one, f"--sde {sde}", f"--noise-level ({'a' if sde == 'flow' else 'η'})", "" if number else REWARD
-        )
+        symbol = "a" if sde == "flow" else "η"
+        finish(one, f"--sde {sde}", f"--noise-level ({symbol})", "" if number else REWARD)
     kinds = ("o", "-", "early steps random"), ("x", "--", "all nine steps random"), ("", ":", "base model")
     handles = [Line2D([], [], color="0.3", marker=m, linestyle=line, label=label) for m, line, label in kinds]
     title = "grpo.py: a mark is one run (random seeds 10 and 11), a line their mean"
@@ -128,9 +126,8 @@ def walk(policy, text, index, x, sigmas, noise, sde="flow", level=0.7):
         with torch.no_grad():
             velocity = policy.velocity_batched(x, sigma, text, index)
         yield x, x - sigma * velocity
-        mean, std = common.sde_mean_std(
-            x, velocity, sigma, sigma_next, s[step] if step in noise else 0.0, sde
-        )
+        scale = s[step] if step in noise else 0.0
+        mean, std = common.sde_mean_std(x, velocity, sigma, sigma_next, scale, sde)
         x = mean + std * noise[step] if step in noise else mean
     yield x, x
 

@@ -204,8 +204,7 @@ def test_a_policy_for_a_flux_pipeline():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_metric_is_explained(script, tmp_path):
-    options = ["--kl-coef", "0.01", "--iterations", "1", "--output", tmp_path / "run"]
-    assert here(script, *small(script), *options).returncode == 0
+    quick(script, tmp_path / "run", "--kl-coef 0.01 --iterations 1")
     explained = re.sub(r"/<name>", "/shapes", README)
     for key in metrics(tmp_path / "run")[-1]:
         assert f"`{key}`" in explained or key == "iteration", key

@@ -21,18 +21,7 @@ import torch
 
 import common
 import rewards
-from conftest import (
-    ROOT,
-    SCRIPTS,
-    adapter,
-    assert_same_run,
-    metrics,
-    run_main,
-    same_weights,
-    slow,
-    small,
-    state,
-)
+from conftest import ROOT, SCRIPTS, adapter, all_equal, assert_same_run, metrics, run_main, slow, small, state
 from shapes import shapes
 
 EXTRA = {
@@ -90,7 +79,7 @@ def test_stopped_and_resumed_is_the_same_run(script, tmp_path):
     assert run_main(script, "--resume", other, "--iterations", "6") is None
     assert_same_run(one, other)
     for iteration in (3, 6):
-        assert same_weights(adapter(one, iteration), adapter(other, iteration))
+        assert all_equal(adapter(one, iteration), adapter(other, iteration))
     file = one / "lora" / "6" / "pytorch_lora_weights.safetensors"
     assert file.stat().st_mode & 0o777 == (one / "metrics.jsonl").stat().st_mode & 0o777
 
@@ -111,10 +100,7 @@ def test_lines_behind_the_checkpoint_are_dropped(stop, tmp_path):
     "end, words",
     [
         (KeyboardInterrupt, "stopped; resume with: python grpo.py --resume"),
-        (
-            torch.OutOfMemoryError("CUDA out of memory"),
-            "error: out of memory; .*; resume with: python",
-        ),
+        (torch.OutOfMemoryError("CUDA out of memory"), "error: out of memory; .*; resume with"),
         (None, "error: the gradient is not finite"),
     ],
 )
@@ -311,7 +297,7 @@ def test_the_adapter_of_each_evaluation_is_kept(monkeypatch, tmp_path, capsys):
     result, where = capsys.readouterr().out.splitlines()[-2:]
     assert "0.500 -> 0.900, best 0.900 at 2" in result and where.endswith("lora/2")
     for iteration in (2, 3, 4):
-        assert not same_weights(adapter(run, 1), adapter(run, iteration))
+        assert not all_equal(adapter(run, 1), adapter(run, iteration))
 
 
 # ---------------------------------------------------------------- processes that are killed

@@ -27,10 +27,8 @@ def generated_prompts(seed=43, count=100):
         yield f"a photo of {article(name)}", [(name, 1, False, None, None)]
     for _ in range(count):
         a, b = rng.sample(COCO, 2)
-        yield (
-            f"a photo of {article(a)} and {article(b)}",
-            [(a, 1, False, None, None), (b, 1, False, None, None)],
-        )
+        wants = [(a, 1, False, None, None), (b, 1, False, None, None)]
+        yield f"a photo of {article(a)} and {article(b)}", wants
         n, name = rng.choice([(2, "two"), (3, "three"), (4, "four")]), rng.choice(COCO)
         yield f"a photo of {n[1]} {plural(name)}", [(name, n[0], True, None, None)]
         name, colour = rng.choice(colourable), rng.choice(GENEVAL_COLOURS)

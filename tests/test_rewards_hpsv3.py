@@ -86,9 +86,8 @@ def base(tmp_path_factory):
     fast.add_tokens(SPECIAL, special_tokens=True)
     fast.save_pretrained(folder)
     Qwen2VLImageProcessorPil().save_pretrained(folder)
-    image, start, end = map(
-        fast.convert_tokens_to_ids, ("<|image_pad|>", "<|vision_start|>", "<|vision_end|>")
-    )
+    names = ["<|image_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    image, start, end = fast.convert_tokens_to_ids(names)
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
     old = transformers.__version__.startswith("4.")
     rope = {"rope_scaling": rope, "rope_theta": 10000.0} if old else {"rope_parameters": rope}
@@ -218,9 +217,8 @@ def by_hand(weights, image, prompt):
     angles = (torch.tensor(places).double()[:, :, None] * frequencies).flatten(1)
     for n in range(V_DEPTH):
         block = f"visual.blocks.{n}"
-        q, k, v = (
-            linear(norm(x, f"{block}.norm1"), f"{block}.attn.qkv").view(len(x), 3, V_HEADS, -1).unbind(1)
-        )
+        y = linear(norm(x, f"{block}.norm1"), f"{block}.attn.qkv")
+        q, k, v = y.view(len(x), 3, V_HEADS, -1).unbind(1)
         x = x + linear(attention(rotate(q, angles), rotate(k, angles), v, False), f"{block}.attn.proj")
         inner = linear(norm(x, f"{block}.norm2"), f"{block}.mlp.fc1")
         x = x + linear(inner * (1.702 * inner).sigmoid(), f"{block}.mlp.fc2")
@@ -254,10 +252,8 @@ def by_hand(weights, image, prompt):
         q, k, v = (linear(y, f"{layer}.self_attn.{name}_proj").view(len(x), -1, HEAD) for name in "qkv")
         x = x + linear(attention(rotate(q, angles), rotate(k, angles), v, True), f"{layer}.self_attn.o_proj")
         y = rms(x, f"{layer}.post_attention_layernorm")
-        x = x + linear(
-            F.silu(linear(y, f"{layer}.mlp.gate_proj")) * linear(y, f"{layer}.mlp.up_proj"),
-            f"{layer}.mlp.down_proj",
-        )
+        y = F.silu(linear(y, f"{layer}.mlp.gate_proj")) * linear(y, f"{layer}.mlp.up_proj")
+        x = x + linear(y, f"{layer}.mlp.down_proj")
     y = rms(x, "model.norm")[max(n for n, token in enumerate(ids.tolist()) if token == special["<|Reward|>"])]
     return linear(linear(linear(y, "rm_head.0").relu(), "rm_head.3").relu(), "rm_head.5").tolist()
 

@@ -316,9 +316,8 @@ def test_hpsv2_has_the_features_of_open_clip(original, clip_folder, eos, float64
     model = CLIPModel(config).eval().double()
     model.load_state_dict(rewards.from_open_clip(original.double().state_dict()), strict=True)
     texts, pixels = [*PROMPTS, "word " * 60], torch.randn(5, 3, 32, 32)
-    inputs = CLIPTokenizerFast.from_pretrained(clip_folder)(
-        texts, padding=True, truncation=True, max_length=77, return_tensors="pt"
-    )
+    tokenizer = CLIPTokenizerFast.from_pretrained(clip_folder)
+    inputs = tokenizer(texts, padding=True, truncation=True, max_length=77, return_tensors="pt")
     with torch.no_grad():
         image, text = features(model.get_image_features(pixels)), features(model.get_text_features(**inputs))
         wanted = original.encode_image(pixels), original.encode_text(tokens_by_hand(clip_folder, texts))

@@ -255,24 +255,16 @@ def test_quoted_text(prompt, text):
         get_reward("ocr").load(['a sign "yes"', prompt])
 
 
-FONTS = [None, "DejaVuSans.ttf", "DejaVuSerif.ttf"]  # None: the one that PIL brings
-
-
-def written(text, font, size):
-    try:
-        font = ImageFont.truetype(font, size) if font else ImageFont.load_default(size)
-    except OSError:
-        pytest.skip(f"the font {font} is not installed")
+def written(text, size):
     picture = Image.new("RGB", (448, 128), (250, 240, 220))
-    ImageDraw.Draw(picture).text((24, 30), text, (40, 20, 90), font)
+    ImageDraw.Draw(picture).text((24, 30), text, (40, 20, 90), ImageFont.load_default(size))
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
 
 
-@pytest.mark.parametrize("font", FONTS)
-def test_ocr_reads_text_in_pictures(font):
+def test_ocr_reads_text_in_pictures():
     pytest.importorskip("rapidocr")
     texts = ["Hello World", "OPEN", "Flow 2026"]
-    images = torch.stack([written(text, font, size) for text, size in zip(texts, (28, 40, 56))])
+    images = torch.stack([written(text, size) for text, size in zip(texts, (28, 40, 56))])
     reward, prompts = get_reward("ocr"), [f'a sign that says "{text}"' for text in texts]
     assert reward(images, prompts)[0].min() > 0.9 and reward(images[1:2], prompts[:1])[0].item() < 0.4
     assert reward(torch.ones(1, 3, 64, 64), prompts[:1])[0].item() == 0

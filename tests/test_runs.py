@@ -12,7 +12,7 @@ import common
 import gcpo
 import grpo
 import tempflow_grpo
-from conftest import SCRIPTS, adapter, cli, here, metrics, quick, same_weights, small
+from conftest import SCRIPTS, TWO_PROMPTS, adapter, all_equal, cli, here, metrics, quick, small
 from shapes import parse_scene, shapes
 
 VARIANTS = [
@@ -58,7 +58,7 @@ def test_same_seed_same_files_and_the_run_folder(script, tmp_path):
     assert one.returncode == other.returncode == 0, one.stderr + other.stderr
     lines = metrics(tmp_path / "a", times=False)
     assert lines == metrics(tmp_path / "b", times=False)
-    assert same_weights(adapter(tmp_path / "a", 2), adapter(tmp_path / "b", 2))
+    assert all_equal(adapter(tmp_path / "a", 2), adapter(tmp_path / "b", 2))
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     assert config["settings"]["seed"] == 3 and config["versions"]["torch"]
     samples = tmp_path / "a" / "samples"
@@ -95,7 +95,7 @@ def test_gcpo_with_chunks_of_one_is_grpo(tmp_path):
     one, other = metrics(tmp_path / "grpo", times=False), metrics(tmp_path / "gcpo", times=False)
     for line, with_chunks in zip(one, other, strict=True):
         assert line == {key: value for key, value in with_chunks.items() if key in line}
-    assert same_weights(adapter(tmp_path / "grpo", 3), adapter(tmp_path / "gcpo", 3))
+    assert all_equal(adapter(tmp_path / "grpo", 3), adapter(tmp_path / "gcpo", 3))
 
 
 def test_lora_in_a_plain_diffusers_script_gives_the_pictures_of_the_evaluation(record):
@@ -135,8 +135,7 @@ def test_held_out_prompts_share_no_scene_with_training():
 
 
 def test_without_a_gpu_the_tiny_model_is_trained_and_the_run_says_so(tmp_path):
-    (tmp_path / "data.txt").write_text("a red circle\ntwo blue squares\n")
-    printed = quick("gcpo", tmp_path / "r", f"--prompts {tmp_path / 'data.txt'} --iterations 1")
+    printed = quick("gcpo", tmp_path / "r", f"--prompts {TWO_PROMPTS} --iterations 1")
     assert "No CUDA GPU here" in printed
     assert json.loads((tmp_path / "r" / "config.json").read_text())["settings"]["model"] == "tiny"
 

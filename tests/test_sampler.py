@@ -5,23 +5,9 @@ import math
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 
 import common
-from conftest import parse
-
-
-def sd3_sigmas(steps):
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    scheduler.set_timesteps(steps)
-    return scheduler.sigmas
-
-
-def gaussian_velocity(x, sigma, m, d):
-    """The true velocity E[eps - x0 | x] where images are N(m, d^2)."""
-    variance = (1 - sigma) ** 2 * d**2 + sigma**2
-    centred = x - (1 - sigma) * m
-    return sigma / variance * centred - (m + (1 - sigma) * d**2 / variance * centred)
+from conftest import STDS_AT_THE_END, gaussian_velocity, parse, sd3_sigmas
 
 
 def marginals(sigmas, sde, level, m, d):
@@ -53,18 +39,7 @@ def test_noise_is_exactly_sigma_after_steps_of_any_size(sde, levels):
             assert fresh == pytest.approx(sigma_next * share if i < 3 else 0.0, rel=1e-9)
 
 
-@pytest.mark.parametrize(
-    "sde, level, ends",  # std at the end of 10, 40 and 1,000 steps
-    [
-        ("flow", 0.0, (0.370, 0.465, 0.499)),  # the ODE
-        ("flow", 0.7, (0.419, 0.479, 0.500)),
-        ("flow", 1.2, (None, None, 0.500)),
-        ("dance", 0.8, (None, None, 0.500)),
-        ("cps", 0.8, (0.315, 0.371, 0.401)),
-        ("precise", 0.7, (0.359, 0.456, 0.498)),
-        ("precise", 1.5, (0.326, 0.427, 0.496)),
-    ],
-)
+@pytest.mark.parametrize("sde, level, ends", STDS_AT_THE_END)
 def test_in_many_steps_all_samplers_but_cps_reach_gaussian_data(sde, level, ends):
     for steps, end in zip((10, 40, 1000), ends):
         time = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
@@ -144,9 +119,7 @@ def test_half_precision_is_widened_to_float32(dtype):
 @pytest.mark.parametrize("nudge", [0.0, -1e-7, 1e-7])
 def test_noise_scale(shift, steps, nudge):
     """The first sigma is 1 but for rounding, to either side, and samplers divide by 1 - sigma."""
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    scheduler.set_timesteps(steps)
-    sigmas = scheduler.sigmas.double() + nudge * (torch.arange(steps + 1) == 0)
+    sigmas = sd3_sigmas(steps, shift).double() + nudge * (torch.arange(steps + 1) == 0)
     exact = [1.0, *sigmas[1:].tolist()]
     for i, (sigma, sigma_next) in enumerate(itertools.pairwise(exact[:-1])):
         root, r = (sigma - sigma_next) ** 0.5, sigma_next * (1 - sigma) / sigma / (1 - sigma_next)

@@ -37,30 +37,24 @@ class Card:
 
 
 @pytest.mark.parametrize(
-    "total, trajectories, tried, rows",
+    "total, trajectories, random_steps, tried, rows",
     [
-        (100_000, 16, [16, 14, 12, 10, 9, 8], 8),  # 10,000 each, beside 16 latents of 1,024 bytes
-        (100_000, 4, [4], 4),  # no more than there are
-        (100_000, 9, [9], 9),  # a tenth stays free
-        (99_000, 9, [9, 8], 5),  # 9 in two calls of 5, not of 8 and 1
-        (25_000, 4, [4, 3, 2], 2),
-        (13_000, 2, [2, 1], 1),
+        (100_000, 16, 0, [16, 14, 12, 10, 9, 8], 8),  # 10,000 each, beside 16 latents of 1,024 bytes
+        (100_000, 4, 0, [4], 4),  # no more than there are
+        (100_000, 9, 0, [9], 9),  # a tenth stays free
+        (99_000, 9, 0, [9, 8], 5),  # 9 in two calls of 5, not of 8 and 1
+        (25_000, 4, 0, [4, 3, 2], 2),
+        (13_000, 2, 0, [2, 1], 1),
+        (100_000, 5, 4, [5, 4, 3], 3),  # 13 sets of the latents are more than a tenth of the card
     ],
 )
-def test_the_micro_batch_that_fits(policy, monkeypatch, total, trajectories, tried, rows):
+def test_the_micro_batch_that_fits(policy, monkeypatch, total, trajectories, random_steps, tried, rows):
     card = Card(monkeypatch, policy, total, each=10_000)
-    policy.fit_micro_batch(text=None, trajectories=trajectories, random_steps=0)
+    policy.fit_micro_batch(None, trajectories, random_steps)
     assert (card.tried, policy.micro_batch) == (tried, rows)
     latents = 4 * trajectories * 4 * 8 * 8  # bytes: one set of latents of 4 x 8 x 8 numbers
-    assert set(card.reserved) == {max(total // 10, latents)}
+    assert set(card.reserved) == {max(total // 10, (1 + 3 * random_steps) * latents)}
     assert not policy.transformer.is_gradient_checkpointing
-
-
-def test_latents_of_an_iteration_stay_free(policy, monkeypatch):
-    """13 sets of them for four random steps, where that is more than a tenth of the card."""
-    card = Card(monkeypatch, policy, 100_000, each=10_000)
-    policy.fit_micro_batch(text=None, trajectories=5, random_steps=4)
-    assert card.reserved[0] == 13 * 5 * 4 * 4 * 8 * 8 and card.tried == [5, 4, 3]
 
 
 def test_if_one_latent_does_not_fit_checkpointing_goes_on(policy, monkeypatch):
@@ -73,17 +67,10 @@ def test_if_one_latent_does_not_fit_checkpointing_goes_on(policy, monkeypatch):
         policy.fit_micro_batch(text=None, trajectories=2, random_steps=0)
 
 
-@pytest.mark.parametrize(
-    "message",
-    [
-        "CUDA out of memory. Tried to allocate 2.00 GiB",
-        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
-        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
-        "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory",
-    ],
-)
-def test_messages_that_mean_that_memory_ran_out(message):
-    assert common.out_of_memory(RuntimeError(message)) and common.out_of_memory(MemoryError())
+def test_messages_that_mean_that_memory_ran_out():
+    for message in ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory"):
+        assert common.out_of_memory(RuntimeError(message))
+    assert common.out_of_memory(MemoryError())
     assert not common.out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
