@@ -58,7 +58,6 @@ def files(tmp_path_factory):
     (folder / "binary.txt").write_bytes(bytes(range(0, 128)) * 10)
     (folder / "dog.txt").write_text("a red circle\na red dog\n")
     (folder / "good.txt").write_text("a red circle\n")
-
     (folder / "other.jsonl").write_text('{"prompt": "a blue circle"}\n{"text": "a red circle"}\n')
     for name, pipeline, scheduler in (
         ("other", "StableDiffusionPipeline", "FlowMatchEulerDiscreteScheduler"),

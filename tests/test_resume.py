@@ -2,6 +2,7 @@
 bit.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -42,6 +43,21 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "run"
     assert run_main("grpo", *options(folder, 4)) is None
     return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of 2 iterations, with a prompts file that was named relative to the working directory."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "prompts.txt").write_text("a red circle\ntwo blue squares\n")
+    with contextlib.chdir(folder):
+        assert run_main("grpo", *options("run", 2), "--prompts", "prompts.txt") is None
+    return folder / "run"
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "copy")
 
 
 def done(folder):
@@ -104,7 +120,7 @@ def test_lines_behind_the_checkpoint_are_dropped(stop, tmp_path):
         (None, "error: the gradient is not finite"),
     ],
 )
-def test_amid_updates(end, words, stop):
+def test_a_run_that_ends_amid_updates(end, words, stop):
     """The first update of iteration 3 has moved the weights; the checkpoint of iteration 2 is kept."""
     original, calls = common.Policy.clip_gradients, []
 
@@ -156,53 +172,36 @@ def test_a_full_disk(stop, tmp_path, capfd):
     assert "File too large" in capfd.readouterr().err  # the traceback
 
 
-def test_a_missing_or_damaged_checkpoint_is_one_line_and_not_replaced(finished, tmp_path):
+def test_a_missing_or_damaged_checkpoint_is_one_line_and_not_replaced(copy, tmp_path):
     """weights_only refuses what could run code."""
-    content, run, file = (finished / "checkpoint.pt").read_bytes(), tmp_path / "run", tmp_path / "run.pt"
+    content, file = (copy / "checkpoint.pt").read_bytes(), tmp_path / "damaged.pt"
     damaged = {"No such file": None, "": b"text", "central directory": content[: len(content) // 2]}
-    renamed = state(finished)
+    renamed = state(copy)
     renamed["lora"] = {name.replace("to_q", "to_query"): weight for name, weight in renamed["lora"].items()}
     for word, pickled in (("Unsupported", Path()), ("lines", {"a": 1}), (".to_q", renamed)):
         torch.save(pickled, file)
         damaged[word] = file.read_bytes()
-    shutil.copytree(finished, run)
-    before = (run / "metrics.jsonl").read_bytes()
+    before = (copy / "metrics.jsonl").read_bytes()
     for word, content in damaged.items():
-        (run / "checkpoint.pt").unlink(missing_ok=True)
+        (copy / "checkpoint.pt").unlink(missing_ok=True)
         if content is not None:
-            (run / "checkpoint.pt").write_bytes(content)
-        message = run_main("grpo", "--resume", run, "--iterations", 3)
+            (copy / "checkpoint.pt").write_bytes(content)
+        message = run_main("grpo", "--resume", copy, "--iterations", 3)
         assert "cannot be resumed" in message and word in message and "start a new run" in message
-        assert content is None or (run / "checkpoint.pt").read_bytes() == content
-        assert (run / "metrics.jsonl").read_bytes() == before
+        assert content is None or (copy / "checkpoint.pt").read_bytes() == content
+        assert (copy / "metrics.jsonl").read_bytes() == before
 
 
-def test_metrics_are_those_of_the_checkpoint(finished, tmp_path):
+def test_metrics_are_those_of_the_checkpoint(finished, copy):
     """Whatever became of metrics.jsonl and of the pictures."""
-    run = tmp_path / "run"
-    shutil.copytree(finished, run)
-    (run / "metrics.jsonl").write_text((finished / "metrics.jsonl").read_text()[:300])
-    shutil.rmtree(run / "samples")
-    assert run_main("grpo", "--resume", run, "--iterations", 3) is None
-    assert metrics(run)[:3] == metrics(finished) and len(metrics(run)) == 4
-    assert (run / "samples" / "3.png").exists() and not (run / "samples" / "compare.png").exists()
+    (copy / "metrics.jsonl").write_text((finished / "metrics.jsonl").read_text()[:300])
+    shutil.rmtree(copy / "samples")
+    assert run_main("grpo", "--resume", copy, "--iterations", 3) is None
+    assert metrics(copy)[:3] == metrics(finished) and len(metrics(copy)) == 4
+    assert (copy / "samples" / "3.png").exists() and not (copy / "samples" / "compare.png").exists()
 
 
 # ---------------------------------------------------------------- overriding settings
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    prompts = folder.parent / "prompts.txt"
-    prompts.write_text("a red circle\ntwo blue squares\n")
-    start = os.getcwd()
-    os.chdir(folder.parent)
-    try:
-        assert run_main("grpo", *options("run", 2), "--prompts", "prompts.txt") is None
-    finally:
-        os.chdir(start)
-    return folder
 
 
 @pytest.mark.parametrize(
@@ -220,19 +219,16 @@ def test_what_resume_cannot_change(finished, script, given, says):
     assert (finished / "config.json").read_bytes() == before
 
 
-def test_options_beside_resume_override_and_paths_are_absolute(finished, tmp_path, monkeypatch):
+def test_options_beside_resume_override_and_paths_are_absolute(finished, copy, monkeypatch):
     """From another folder; the optimizer and the average must not bring their old settings back."""
-    copy = tmp_path / "copy"
-    shutil.copytree(finished, copy)
-    seen = []
-    original = common.Run.__init__
+    seen, original = [], common.Run.__init__
 
     def keep(self, args, policy, optimizer, *more, **counts):
         original(self, args, policy, optimizer, *more, **counts)
         seen.append((policy, optimizer))
 
     monkeypatch.setattr(common.Run, "__init__", keep)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(copy.parent)
     more = "--iterations 3 --micro-batch 2 --gradient-checkpointing --eval-every 1 --device cpu:0"
     more += " --learning-rate 5e-5 --ema-decay 0.5 --output copy"  # the same folder
     assert run_main("grpo", "--resume", "copy", *more.split()) is None
@@ -244,9 +240,7 @@ def test_options_beside_resume_override_and_paths_are_absolute(finished, tmp_pat
     assert "eval_reward" in metrics(copy)[3]
 
 
-def test_the_average_is_evaluated_whatever_ema_every_becomes(finished, tmp_path):
-    copy = tmp_path / "copy"
-    shutil.copytree(finished, copy)
+def test_the_average_is_evaluated_whatever_ema_every_becomes(copy):
     assert run_main("grpo", "--resume", copy, "--iterations", 3, "--ema-every", 8) is None
     weights, saved = state(copy)["lora"], adapter(copy, 3)
     name = next(name for name in weights if "lora_A" in name)
