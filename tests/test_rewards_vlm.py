@@ -199,9 +199,8 @@ def test_a_server_that_refuses_or_is_not_there(serve):
     with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
         port = server.server_port  # free again below
     for url in (f"http://127.0.0.1:{port}/v1", "localhost"):
-        with pytest.raises(SystemExit, match=f"error: the server {url} gave no answer: Conn.*") as end:
+        with pytest.raises(SystemExit, match=f"error: the server {url} gave no answer: Connection error"):
             get_reward(f"vlm:{url}").load(["p"])
-        assert "\n" not in str(end.value)
 
 
 # ---------------------------------------------------------------- ocr
