@@ -71,17 +71,13 @@ def user(tmp_path, monkeypatch):
     for name in ("data.txt", "eval.txt", "two.txt"):
         Path(name).write_text("a red circle\ntwo blue squares\n")
     Path("my_file.py").write_text(python_block("# my_file.py\n"))
-    monkeypatch.setattr(common, "model_index", fake_index(common.model_index))
+    original, pipelines = common.model_index, {"FLUX.2": "Flux2KleinPipeline", "FLUX.1": "FluxPipeline"}
 
-
-def fake_index(model_index):
-    pipelines = {"FLUX.2": "Flux2KleinPipeline", "FLUX.1": "FluxPipeline"}
-
-    def index(model):
+    def model_index(model):
         found = [pipeline for part, pipeline in pipelines.items() if part in model]
-        return {"_class_name": found[0]} if found else model_index(model)
+        return {"_class_name": found[0]} if found else original(model)
 
-    return index
+    monkeypatch.setattr(common, "model_index", model_index)
 
 
 # ---------------------------------------------------------------- commands
