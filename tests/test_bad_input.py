@@ -129,15 +129,6 @@ def test_legal_prompts_of_unusual_kinds(tmp_path):
     quick("grpo", tmp_path / "run", f"--prompts {file} --reward jpeg_compressibility --iterations 1")
 
 
-def test_a_tilde_is_expanded(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "p.txt").write_text("a red circle\n")
-    (tmp_path / "r.py").write_text("def f(images, prompts):\n    return images.mean((1, 2, 3))\n")
-    args = parse("grpo", "--prompts", "~/p.txt", "--output", "~/out", "--reward", "~/r.py:f=2,shapes")
-    assert (args.prompts, args.output) == (str(tmp_path / "p.txt"), str(tmp_path / "out"))
-    assert args.reward == f"{tmp_path}/r.py:f=2,shapes"
-
-
 def test_copies_without_the_tiny_model_say_so(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "TINY", tmp_path / "tests")
     assert here("grpo").stderr.startswith("error: the tiny model is not there")
@@ -152,12 +143,16 @@ def test_prompts_from_a_pipe(tmp_path):
     os.close(read)
 
 
-def test_paths_are_absolute_and_a_folder_named_like_a_reward_is_none(tmp_path, monkeypatch):
-    """A reward may change the working directory."""
+def test_paths_are_absolute(tmp_path, monkeypatch):
+    """A reward may change the working directory. A folder that is named like a reward is none."""
     monkeypatch.chdir(tmp_path)
-    for name in ("shapes", "model"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "p.txt").write_text("a red circle\n")
-    args = parse("grpo", "--prompts", "p.txt", "--output", "run", "--reward", "shapes,pickscore:model")
-    assert (args.prompts, args.output) == (str(tmp_path / "p.txt"), str(tmp_path / "run"))
-    assert args.reward == f"shapes,pickscore:{tmp_path / 'model'}"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder in ("shapes", "model"):
+        os.mkdir(folder)
+    for file in ("p.txt", "r.py"):
+        (tmp_path / file).write_text("a red circle\n")
+    for home in ("", "~/"):
+        reward = f"shapes,pickscore:{home}model,{home}r.py:f=2"
+        args = parse("grpo", "--prompts", f"{home}p.txt", "--output", f"{home}run", "--reward", reward)
+        assert (args.prompts, args.output) == (f"{tmp_path}/p.txt", f"{tmp_path}/run")
+        assert args.reward == f"shapes,pickscore:{tmp_path}/model,{tmp_path}/r.py:f=2"
