@@ -194,7 +194,7 @@ def test_kl_to_the_reference(record, monkeypatch, module):
     "chunks, steps, fraction",
     [
         *(("adaptive", "all", 1.0), ("adaptive", "all", 0.5), ("1,3", "all", 0.5), ("4", "all", 1.0)),
-        *(("halves", "1,2,3", 1.0), ("adaptive", "1,2", 1.0)),
+        *(("1,1,2", "all", 0.5), ("2,1", "1,2,3", 1.0), ("halves", "1,2,3", 1.0), ("adaptive", "1,2", 1.0)),
     ],
 )
 def test_gcpo(record, chunks, steps, fraction):

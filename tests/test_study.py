@@ -15,7 +15,8 @@ from torch.distributions import StudentT
 import common
 import study
 import study_figures
-from conftest import STDS_AT_THE_END, parse
+from conftest import parse
+from test_sampler import STDS_AT_THE_END
 
 BASE, OTHER = "grpo flow 0.7 early", "grpo flow 0.7 all"
 LINES = (study.CURVES / "runs.jsonl").read_text("utf-8").splitlines()

@@ -8,9 +8,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 import common
 import tempflow_grpo
-from conftest import gaussian_velocity, metrics, sd3_sigmas
+from conftest import metrics
 from tempflow_grpo import step_weights
 from test_gradients import DRAWN, brightness, train_on
+from test_sampler import gaussian_velocity, sd3_sigmas
 
 
 def levels(sigmas, kind, level):
