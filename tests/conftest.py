@@ -60,7 +60,8 @@ def load_tiny_once(model, dtype):
     if model != str(common.TINY):
         return load_pipeline(model, dtype)
     pipe = tiny_pipeline(dtype)
-    return type(pipe)(**deepcopy(pipe.components))
+    parts = {name: part if "tokenizer" in name else deepcopy(part) for name, part in pipe.components.items()}
+    return type(pipe)(**parts)
 
 
 load_pipeline, common.load_pipeline = common.load_pipeline, load_tiny_once
