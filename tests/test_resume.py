@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -155,6 +154,7 @@ def test_a_reward_that_fails_at_iteration_3(stop, capfd):
 
 def test_a_full_disk(stop, tmp_path, capfd):
     """A limit on the size of files, at the checkpoint of iteration 2; then there is room again."""
+    resource = pytest.importorskip("resource", reason="Windows has no such limit")
     original = common.write
 
     def write(path, data):
@@ -303,6 +303,7 @@ def child(script, options):
     sys.exit(run_main(script, *options))
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no such signal")
 def test_a_closed_terminal_costs_the_iteration_at_hand(tmp_path):
     command = [sys.executable, str(ROOT / "grpo.py"), *map(str, options(tmp_path / "run", 500))]
     process = subprocess.Popen(
