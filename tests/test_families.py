@@ -16,7 +16,7 @@ import bench
 import common
 import grpo
 import small_pipelines
-from conftest import SCRIPTS, TWO_PROMPTS, adapter, make_policy, metrics, quick, slow
+from conftest import SCRIPTS, TWO_PROMPTS, adapter, make_policy, metrics, parse, quick, slow
 from rewards import get_reward
 
 PROMPTS = ["a red circle", "two blue squares"]
@@ -122,6 +122,16 @@ def test_one_iteration(model, tmp_path, family, script):
     rollout, train = (4 * (4 + 3 * 10), 4 * 4 * 3) if "temp" in script else (8 * 5, 8 * 4 * 3)
     if script != "gcpo":  # which draws its chunks
         assert line["velocity_evals"] == (rollout + train) * (1 if family == "flux" else 2)
+
+
+def test_a_distilled_model_says_that_guidance_does_nothing(model, capsys):
+    for said, options in ((False, {}), (True, {"is_distilled": True})):
+        folder = model("flux2", **options)
+        args = parse(
+            "grpo", "--model", folder, "--prompts", TWO_PROMPTS, "--resolution", 16, "--device", "cpu"
+        )
+        common.make_policy(args, trajectories=2)
+        assert ("--steps 4 --eval-steps 4" in capsys.readouterr().out) == said
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

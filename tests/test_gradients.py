@@ -257,6 +257,17 @@ def test_rollout_is_a_loop_over_images_with_ode_steps_where_none_is_chosen(recor
             assert (latent - ends.view_as(x_next)[k, n, b]).abs().max() < 1e-10
 
 
+@pytest.mark.parametrize("module", [grpo, gcpo])
+def test_shared_noise(record, module):
+    """All images of a prompt begin with the same noise, and go on with noise of their own."""
+    seen = record(module, "--iterations", 1, "--shared-noise", double=False)
+    start, *later = seen.rollouts[0][0][3]
+    assert torch.equal(start[:4], start[:1].expand(4, -1, -1, -1))
+    assert torch.equal(start[4:], start[4:5].expand(4, -1, -1, -1)) and not torch.equal(start[0], start[4])
+    assert not torch.equal(start[0], later[0][0])
+    assert len(later) == 4 and all(len(noise.flatten(1).unique(dim=0)) == 8 for noise in later)
+
+
 def evaluations(module, seen, live=None, passes=3):
     """Velocity evaluations of iteration 1. live: how many each update trains; None: all, in one."""
     T, B, chosen, N = 5, 3, seen.rollouts[0][0][7], len(seen.rollouts[0][0][2])
