@@ -41,8 +41,9 @@ import tempflow_grpo  # noqa: E402
 SCRIPTS = {module.__name__: module for module in (grpo, gcpo, tempflow_grpo)}
 # configs of the published networks, the transformer's parameters in billions, the shapes of a prompt's text
 SIZES = json.loads((ROOT / "tests" / "sizes.json").read_text())
-TINY = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
-TINY_CLIP = {"projection_dim": 16, "text_config": TINY, "vision_config": TINY | {"patch_size": 112}}
+ONE_LAYER = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
+TINY_CLIP = {"projection_dim": 16, "text_config": ONE_LAYER}
+TINY_CLIP["vision_config"] = ONE_LAYER | {"patch_size": 112}
 
 # ---------------------------------------------------------------- pipelines with random weights
 

@@ -64,7 +64,8 @@ def load_tiny_once(model, dtype):
     return type(pipe)(**parts)
 
 
-load_pipeline, common.load_pipeline = common.load_pipeline, load_tiny_once
+load_pipeline = common.load_pipeline
+common.load_pipeline = load_tiny_once
 
 
 def run_main(script, *options, plot=False):
@@ -75,9 +76,10 @@ def run_main(script, *options, plot=False):
     """
     module, argv = importlib.import_module(script), sys.argv
     sys.argv = [f"{script}.py", *map(str, options)]
+    plotting = contextlib.nullcontext() if plot else mock.patch.object(common, "plot_progress")
     try:
         common.read_prompts.cache_clear()
-        with contextlib.nullcontext() if plot else mock.patch.object(common, "plot_progress"):
+        with plotting:
             common.run_script(script, module.main, module.Args, module.DEFAULTS)
     except SystemExit as end:
         return end.code or None
